@@ -1,12 +1,13 @@
 """One scene, normalised: in come STAC items as dicts, out come ``Item`` values that freeze to JSON and replay.
 
 Everything after the search sees only these values: STAC 1.0 and 1.1 spellings, band aliases, asset- and item-level
-projection fields are all resolved in ``pipeline.catalog``. An ``Item`` holds no secret: hrefs are signed at read time.
+projection fields are all resolved in ``pipeline.normalise``. An ``Item`` holds no secret: hrefs are signed at read time.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, timedelta
+from datetime import datetime as DateTime
 from typing import Any, Self
 
 EPOCH = date(1970, 1, 1)
@@ -24,6 +25,7 @@ class Asset:
         nodata: DN that means "no data", None where there is none.
         scale: reflectance per DN.
         offset: additive offset in reflectance as the metadata say (not trusted by itself), None where silent.
+        requester_pays: the reader must name itself as the one who pays for the traffic (S3).
     """
 
     href: str
@@ -33,6 +35,7 @@ class Asset:
     nodata: float | None = 0.0
     scale: float = 1e-4
     offset: float | None = None
+    requester_pays: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,9 @@ class Item:
     offset_reason: str = ""
 
     @property
-    def when(self) -> datetime:
+    def when(self) -> DateTime:
         """The acquisition time as an aware datetime (UTC)."""
-        return datetime.fromisoformat(self.datetime.replace("Z", "+00:00")).astimezone(UTC)
+        return DateTime.fromisoformat(self.datetime.replace("Z", "+00:00")).astimezone(UTC)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -119,12 +122,12 @@ class Acquisition:
         return self.items[0].orbit or 0
 
     @property
-    def when(self) -> datetime:
+    def when(self) -> DateTime:
         """Time of its first scene (UTC)."""
         return min(item.when for item in self.items)
 
 
-def solar_day(when: datetime, longitude: float) -> int:
+def solar_day(when: DateTime, longitude: float) -> int:
     """Local solar day at ``longitude`` (degrees, may be unwrapped beyond 180), as days since 1970-01-01."""
     local = when.astimezone(UTC) + timedelta(seconds=round(longitude / 15 * 3600))
     return (local.date() - EPOCH).days

@@ -60,6 +60,14 @@ class Retry(_Base):
     backoff_s: float = Field(0.5, ge=0, description="seconds before the second attempt, doubled each time")
 
 
+class Detect(_Base):
+    """How items of a catalog are told from others when only a path or URL is given; any one sign is enough."""
+
+    hosts: tuple[str, ...] = Field((), description="host names (or buckets) in the items' links or hrefs")
+    properties: tuple[str, ...] = Field((), description="beginnings of item properties")
+    assets: tuple[str, ...] = Field((), description="asset keys that no other catalog has")
+
+
 class Profile(_Base):
     """One catalog."""
 
@@ -69,9 +77,18 @@ class Profile(_Base):
     collections: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="collection id -> other spellings of it"
     )
-    default_collection: str | None = None
+    default_collection: str | tuple[str, ...] | None = Field(
+        None, description="collection (or collections) searched where the job names none"
+    )
     bands: dict[str, tuple[str, ...]] = Field(description="band name -> asset keys, best first")
     mask: MaskRule = MaskRule()
+    mask_alternatives: tuple[MaskRule, ...] = Field(
+        (), description="rules tried in this order where items lack the raster of `mask`"
+    )
+    detect: Detect = Detect()
+    tile_resolution_m: float | None = Field(
+        None, description="pixel size of whole MGRS tiles, where items are silent about their projection"
+    )
     offset: OffsetPolicy = OffsetPolicy()
     scale: float = Field(1e-4, description="reflectance per DN where items are silent")
     nodata: float | None = Field(0, description="DN of no data where items are silent")
