@@ -1,13 +1,11 @@
-"""The search: in come a catalog, an area and a span, out comes a ``SearchResult`` of normalised, deduplicated items.
+"""The search: in come a catalog, an area and a span, out comes a ``SearchResult`` of usable items.
 
-A result freezes to a JSON file (``save_items``) that replays without network (``load_items``, or as ``catalog``).
-What was left out is listed with the reason; nothing is dropped silently.
+A result freezes to a JSON file (``save_items``) that replays without network (``load_items``, or as
+``catalog``). What was left out is listed with the reason; nothing is dropped silently.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,41 +15,15 @@ from urllib.parse import urlsplit
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
-from pipeline.errors import ConfigError, ItemError, NoItemsError, RequestError
-from pipeline.items import EPOCH, Item, solar_day
+from pipeline.errors import ConfigError, ItemError, NoItemsError
+from pipeline.frozen import SearchResult, digest, from_frozen, load_items, save_items
+from pipeline.items import EPOCH, solar_day
 from pipeline.normalise import bbox_polygon, cut_at_180, footprint, item_time
 from pipeline.profiles import MaskRule, Profile, load_profile, profile_names
 from pipeline.selection import choose_mask, deduplicate, detect_profile, usable
 from pipeline.stac import ItemApi, ItemFiles, RawItem, open_source
 
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    Attributes:
-        items: usable scenes, in order of time, then id.
-        profile: how the catalog speaks.
-        profile_ref: the name or path the profile is loaded by.
-        profile_why: how it was chosen, in words.
-        mask: the rule whose raster every item carries.
-        dropped: (item id, why) of what matched the request but is not used.
-        source: the catalog's location.
-        longitude: the area's centre (degrees, unwrapped), which the solar day of all items is reckoned with.
-        notes: facts the user should know.
-    """
-
-    items: list[Item]
-    profile: Profile
-    profile_ref: str
-    profile_why: str
-    mask: MaskRule
-    dropped: list[tuple[str, str]]
-    source: str
-    longitude: float
-    notes: list[str] = field(default_factory=list)
+__all__ = ["SearchResult", "centre_longitude", "digest", "load_items", "save_items", "search"]
 
 
 def search(
@@ -72,8 +44,8 @@ def search(
     """Search a catalog; the server's answer is always filtered again on our side.
 
     Args:
-        catalog: a profile's name, a STAC API URL, or the path (or URL) of an ItemCollection, a static catalog, a folder of
-            them, or a frozen search.
+        catalog: a profile's name, a STAC API URL, or the path (or URL) of an ItemCollection, a static
+            catalog, a folder of them, or a frozen search.
         bbox: (west, south, east, north) degrees; west > east crosses the antimeridian.
         start: first solar day (at the centre of ``bbox``), inclusive.
         end: last solar day, inclusive.
@@ -134,8 +106,9 @@ def search(
         ("clear enough", lambda raw: _clear_enough(raw.item, max_cloud_cover)),
     ]
     for name, keep in steps:
-        kept = [raw for raw in kept if keep(raw)]
-        counts.append(f"{len(kept)} {name}")
+        if kept:  # the count of the first filter that leaves nothing is the last one said
+            kept = [raw for raw in kept if keep(raw)]
+            counts.append(f"{len(kept)} {name}")
     if not kept:
         raise NoItemsError(_nothing(source, found, counts, bbox, (start, end), wanted, max_cloud_cover))
     if known is None:
@@ -153,11 +126,11 @@ def search(
     return SearchResult(items, known, ref, why, rule, dropped + duplicates, source.source, longitude, notes)
 
 
-# -- the request ----------------------------------------------------------------------------------------------
+# -- the request ---------------------------------------------------------------------------------------------
 
 
 def centre_longitude(bbox: Sequence[float]) -> float:
-    """Longitude of the centre of a box, degrees, unwrapped eastwards from its western edge (may exceed 180)."""
+    """Longitude of the centre of a box, degrees, unwrapped from its western edge (may exceed 180)."""
     west, _, east, _ = bbox
     return west + ((east - west) % 360) / 2
 
@@ -166,8 +139,8 @@ def _area(bbox: Sequence[float], geometry: BaseGeometry | Mapping[str, Any] | No
     west, south, east, north = bbox
     if max(abs(south), abs(north)) > 90:
         raise ConfigError(
-            f"area.bbox: latitudes {south} and {north} must lie within -90..90; are longitude and latitude swapped? "
-            "The order is [west, south, east, north]"
+            f"area.bbox: latitudes {south} and {north} must lie within -90..90; are longitude and latitude "
+            "swapped? The order is [west, south, east, north]"
         )
     if max(abs(west), abs(east)) > 180 or north <= south or west == east:
         raise ConfigError(
@@ -182,7 +155,7 @@ def _area(bbox: Sequence[float], geometry: BaseGeometry | Mapping[str, Any] | No
 
 
 def _utc_span(start: date, end: date) -> tuple[datetime, datetime]:
-    """The span padded by a day on either side: a solar day may begin half a day before or after the UTC day."""
+    """The span padded by a day on either side: solar days begin half a day before or after UTC days."""
     return (
         datetime.combine(start - timedelta(days=1), time.min, UTC),
         datetime.combine(end + timedelta(days=1), time(23, 59, 59), UTC),
@@ -219,8 +192,8 @@ def _locate(catalog: str, profile: str | None) -> tuple[Profile | None, str, str
         named = load_profile(catalog)
         if named.endpoint is None:
             raise ConfigError(
-                f"catalog: the profile {catalog!r} has no address of its own; give the URL or path as catalog and "
-                f"{catalog!r} as profile"
+                f"catalog: the profile {catalog!r} has no address of its own; give the URL or path as "
+                f"catalog and {catalog!r} as profile"
             )
         if known is None:
             known, ref, why = named, catalog, "the catalog's name"
@@ -237,8 +210,8 @@ def _locate(catalog: str, profile: str | None) -> tuple[Profile | None, str, str
         near = get_close_matches(catalog, profile_names(), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"catalog: there is none named {catalog!r}; {hint}Known are {', '.join(profile_names())}; or give the URL of "
-            "a STAC API, or the path of an ItemCollection or static catalog"
+            f"catalog: there is none named {catalog!r}; {hint}Known are {', '.join(profile_names())}; or "
+            "give the URL of a STAC API, or the path of an ItemCollection or static catalog"
         )
     return known, ref, why, catalog
 
@@ -257,7 +230,8 @@ def _collections(source: ItemApi | ItemFiles, profile: Profile | None, asked: st
             )
             if offered and not names:
                 raise ConfigError(
-                    f"collection: {source.source} has {len(offered)} of them ({', '.join(offered[:20])}); name one"
+                    f"collection: {source.source} has {len(offered)} of them ({', '.join(offered[:20])}); "
+                    "name one"
                 )
         return tuple(names)
     spellings = {asked}
@@ -267,12 +241,13 @@ def _collections(source: ItemApi | ItemFiles, profile: Profile | None, asked: st
     offered = source.collections()
     if offered and not spellings & set(offered):
         raise NoItemsError(
-            f"collection: {source.source} has no collection {asked!r}; it has {', '.join(offered[:20])}; name one of them"
+            f"collection: {source.source} has no collection {asked!r}; it has {', '.join(offered[:20])}; "
+            "name one of them"
         )
     return tuple(sorted(spellings & set(offered))) if offered else (asked,)
 
 
-# -- filters --------------------------------------------------------------------------------------------------
+# -- filters -------------------------------------------------------------------------------------------------
 
 
 def _meets(place: BaseGeometry, area: BaseGeometry) -> bool:
@@ -340,98 +315,6 @@ def _extent(found: Iterable[RawItem]) -> tuple[float, float, float, float]:
     )
 
 
-# -- frozen searches ------------------------------------------------------------------------------------------
-
-
-def digest(items: Sequence[Item]) -> str:
-    """SHA-256 of what the items are, whatever their order and wherever their files lie.
-
-    Of an href only the file's name counts, so a moved folder or another port is the same input; why an offset was
-    decided does not count, the offset does.
-    """
-    plain = []
-    for item in sorted(items, key=lambda item: (item.collection, item.id)):
-        data = item.to_dict()
-        del data["offset_reason"]
-        for asset in data["assets"].values():
-            asset["href"] = asset["href"].partition("?")[0].replace("\\", "/").rpartition("/")[2]
-        plain.append(data)
-    return hashlib.sha256(_canonical(plain).encode()).hexdigest()
-
-
-def save_items(result: SearchResult, path: Path | str) -> None:
-    """Freeze a search to a JSON file that replays without network. It holds no credential.
-
-    The file appears whole or not at all.
-    """
-    path = Path(path)
-    data = {
-        "format": "cloudgate-items",
-        "version": FORMAT_VERSION,
-        "profile": result.profile_ref,
-        "profile_why": result.profile_why,
-        "mask": result.mask.model_dump(mode="json"),
-        "source": result.source,
-        "longitude": result.longitude,
-        "digest": digest(result.items),
-        "notes": result.notes,
-        "dropped": result.dropped,
-        "items": [item.to_dict() for item in result.items],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(_canonical(data, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def load_items(path: Path | str) -> SearchResult:
-    """Read a frozen search back.
-
-    Raises:
-        RequestError: if the file is absent, no frozen search, of a newer version, or was changed by hand.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"items: {path} cannot be read ({error}); freeze the search again with `cloudgate search`"
-        ) from error
-    return _from_frozen(data, str(path))
-
-
-def _from_frozen(data: Any, where: str) -> SearchResult:
-    if not isinstance(data, dict) or data.get("format") != "cloudgate-items":
-        raise RequestError(f"items: {where} is no frozen search; make one with `cloudgate search`")
-    if data.get("version") != FORMAT_VERSION:
-        raise RequestError(
-            f"items: {where} has version {data.get('version')}, this cloudgate reads {FORMAT_VERSION}; freeze it again"
-        )
-    try:
-        items = [Item.from_dict(item) for item in data["items"]]
-        result = SearchResult(
-            items=items,
-            profile=load_profile(data["profile"]),
-            profile_ref=data["profile"],
-            profile_why=data["profile_why"],
-            mask=MaskRule(**data["mask"]),
-            dropped=[(name, why) for name, why in data["dropped"]],
-            source=data["source"],
-            longitude=data["longitude"],
-            notes=list(data["notes"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"items: {where} is damaged ({error!r}); freeze the search again") from error
-    if digest(items) != data["digest"]:
-        raise RequestError(
-            f"items: {where} was changed after it was written (its digest differs); freeze the search again"
-        )
-    return result
-
-
-def _canonical(data: Any, indent: int | None = None) -> str:
-    return json.dumps(data, sort_keys=True, ensure_ascii=False, indent=indent)
-
-
 def _replay(
     source: ItemFiles,
     area: BaseGeometry,
@@ -443,7 +326,7 @@ def _replay(
     mask: MaskRule | None,
 ) -> SearchResult:
     """The part of a frozen search that a request asks for."""
-    frozen = _from_frozen(source.frozen, source.source)
+    frozen = from_frozen(source.frozen, source.source)
     items = [
         item
         for item in frozen.items
@@ -453,15 +336,15 @@ def _replay(
     ]
     if not items:
         raise NoItemsError(
-            f"no items match: the frozen search {source.source} holds {len(frozen.items)}, none of them in the area and "
-            "the solar days asked for; search the catalog again"
+            f"no items match: the frozen search {source.source} holds {len(frozen.items)}, none of them in "
+            "the area and the solar days asked for; search the catalog again"
         )
     needed = [*(bands or ()), *([mask.asset] if mask else [])]
     for item in items:
         lacking = [name for name in needed if name not in item.assets]
         if lacking:
             raise ItemError(
-                f"assets: item {item.id!r} of the frozen search {source.source} lacks {', '.join(lacking)}; it has "
-                f"{', '.join(item.assets)}; search the catalog again with these bands"
+                f"assets: item {item.id!r} of the frozen search {source.source} lacks {', '.join(lacking)}; "
+                f"it has {', '.join(item.assets)}; search the catalog again with these bands"
             )
     return replace(frozen, items=items, mask=mask or frozen.mask, source=source.source, longitude=longitude)

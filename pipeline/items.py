@@ -1,7 +1,8 @@
-"""One scene, normalised: in come STAC items as dicts, out come ``Item`` values that freeze to JSON and replay.
+"""One scene, normalised: in come STAC items as dicts, out come ``Item`` values that freeze and replay.
 
-Everything after the search sees only these values: STAC 1.0 and 1.1 spellings, band aliases, asset- and item-level
-projection fields are all resolved in ``pipeline.normalise``. An ``Item`` holds no secret: hrefs are signed at read time.
+Everything after the search sees only these values: STAC 1.0 and 1.1 spellings, band aliases, asset- and
+item-level projection fields are all resolved in ``pipeline.normalise``. An ``Item`` holds no secret: hrefs
+are signed at read time.
 """
 
 from collections.abc import Mapping
@@ -141,9 +142,9 @@ def day_text(day: int) -> str:
 def group_acquisitions(items: list[Item], longitude: float) -> list[Acquisition]:
     """Group scenes into acquisitions, in order of time.
 
-    Scenes belong together when platform and relative orbit (or datatake) are known and equal on one solar day;
-    where neither is known, by solar day alone. One longitude (the area's centre, degrees) serves the whole area, so a
-    pass is never split between two days.
+    Scenes belong together when platform and relative orbit (or datatake) are known and equal on one solar
+    day; where neither is known, by solar day alone. One longitude (the area's centre, degrees) serves the
+    whole area, so a pass is never split between two days.
     """
     groups: dict[tuple[int, str], list[Item]] = {}
     for item in items:

@@ -1,8 +1,9 @@
 """One spelling for all catalogs: in come STAC items as dicts and a ``Profile``, out come ``Item`` values.
 
 Understands STAC 1.0 and 1.1: projection fields at asset or item level, as code, number, WKT2 or PROJJSON;
-``raster:bands``, ``bands``, ``raster:scale``; relative hrefs, ``alternate`` assets, requester-pays. What the metadata say
-about the BOA offset (flag, explicit offset, processing baseline) is handed on faithfully; nothing is decided here.
+``raster:bands``, ``bands``, ``raster:scale``; relative hrefs, ``alternate`` assets, requester-pays. What the
+metadata say about the BOA offset (flag, explicit offset, processing baseline) is handed on faithfully;
+nothing is decided here.
 """
 
 import json
@@ -55,8 +56,8 @@ def normalise(
         masks: rules whose rasters are kept too, besides those of the profile.
 
     Returns:
-        The item with one ``Asset`` per band under its band name, and per mask raster under its rule's asset name; what
-        the item lacks is left out. No credential stays in an href.
+        The item with one ``Asset`` per band under its band name, and per mask raster under its rule's asset
+        name; what the item lacks is left out. No credential stays in an href.
 
     Raises:
         ItemError: if time, footprint or a kept raster's projection is missing or broken.
@@ -101,7 +102,7 @@ def normalise(
 
 
 def find_asset(assets: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """Key of the first of ``names`` that ``assets`` has; letters' case matters only where both spellings exist."""
+    """Key of the first of ``names`` that ``assets`` has; case matters only where both spellings exist."""
     folded = {key.casefold(): key for key in reversed(list(assets))}
     for name in names:
         key = name if name in assets else folded.get(name.casefold())
@@ -128,11 +129,11 @@ def item_time(item: Mapping[str, Any]) -> datetime:
     return when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
 
 
-# -- footprints -----------------------------------------------------------------------------------------------
+# -- footprints ----------------------------------------------------------------------------------------------
 
 
 def footprint(item: Mapping[str, Any]) -> BaseGeometry:
-    """Footprint of a raw item in degrees within -180..180, cut at the antimeridian; its bbox where it has no geometry.
+    """Footprint of a raw item in degrees within -180..180, cut at the antimeridian; else its bbox.
 
     Raises:
         ItemError: if it has neither.
@@ -157,7 +158,7 @@ def bbox_polygon(bbox: Sequence[float]) -> BaseGeometry:
 
 
 def cut_at_180(geometry: BaseGeometry) -> BaseGeometry:
-    """Polygons in degrees, each part that jumps over or reaches beyond 180 cut in two parts within -180..180."""
+    """Polygons in degrees; a part that jumps over or reaches beyond 180 is cut in two within -180..180."""
     parts = []
     for part in get_parts(geometry):
         west, _, east, _ = part.bounds
@@ -191,7 +192,7 @@ def _bbox(item: Mapping[str, Any]) -> tuple[float, float, float, float]:
     return west, south, east, north
 
 
-# -- assets ---------------------------------------------------------------------------------------------------
+# -- assets --------------------------------------------------------------------------------------------------
 
 
 def _asset(
@@ -238,18 +239,20 @@ def _projection(
     for field, value in (("proj:code", crs), ("proj:shape", size), ("proj:transform", affine)):
         if value is None:
             raise ItemError(
-                f"{where}: it has no {field} (nor the item), so its pixels cannot be placed; add the field to the item, "
-                "take another catalog, or set tile_resolution_m in the profile if its rasters are whole MGRS tiles"
+                f"{where}: it has no {field} (nor the item), so its pixels cannot be placed; add the field "
+                "to the item, take another catalog, or set tile_resolution_m in the profile if its rasters "
+                "are whole MGRS tiles"
             )
     if affine is None or size is None or crs is None or len(affine) not in (6, 9) or len(size) != 2:
         raise ItemError(
-            f"{where}: proj:shape needs 2 numbers and proj:transform 6 or 9, got {size} and {affine}; correct the item"
+            f"{where}: proj:shape needs 2 numbers and proj:transform 6 or 9, got {size} and {affine}; "
+            "correct the item"
         )
     a, b, c, d, e, f = (float(v) for v in affine[:6])
     if a * e - b * d == 0 or min(size) < 1:
         raise ItemError(
-            f"{where}: proj:shape {size} and proj:transform {affine} span no area; the order is [a, b, c, d, e, f] "
-            "with x = a*col + b*row + c; correct the item"
+            f"{where}: proj:shape {size} and proj:transform {affine} span no area; the order is [a, b, c, d, "
+            "e, f] with x = a*col + b*row + c; correct the item"
         )
     return crs, (int(size[0]), int(size[1])), (a, b, c, d, e, f)
 
@@ -300,7 +303,7 @@ def _requester_pays(item: Mapping[str, Any], choice: Mapping[str, Any], scheme: 
 
 
 def resolve_href(href: str, base: str | None, where: str = "link") -> str:
-    """An absolute location: URLs and absolute paths as they are, others from ``base`` (the JSON that names them).
+    """An absolute location: URLs and absolute paths as they are, others from ``base`` (the JSON naming them).
 
     Raises:
         ItemError: for a relative href without base.
@@ -319,7 +322,7 @@ def resolve_href(href: str, base: str | None, where: str = "link") -> str:
 
 
 def without_credentials(href: str) -> str:
-    """The same URL without user name, password and signed query (tokens are added at read time, never stored)."""
+    """The same URL without user name, password and signed query; tokens are added at read time."""
     if "://" not in href:
         return href
     parts = urlsplit(href)
@@ -328,7 +331,7 @@ def without_credentials(href: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "" if signed else parts.query, parts.fragment))
 
 
-# -- names ----------------------------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------------------
 
 
 def _platform(props: Mapping[str, Any], name: str) -> str | None:
@@ -368,7 +371,7 @@ def _orbit(props: Mapping[str, Any], words: Sequence[str], platform: str | None)
 
 
 def _datatake(props: Mapping[str, Any], words: Sequence[str]) -> str | None:
-    """Satellite and start of the datatake, ``S2A_20230815T095031``: equal for all tiles and all reprocessings."""
+    """Satellite and start of the datatake, ``S2A_20230815T095031``: the same for tiles and reprocessings."""
     told = [str(props[key]) for key in ("s2:datatake_id", "eopf:datatake_id") if props.get(key)]
     for pattern in (r"^G?(S2[A-D])_(\d{8}T\d{6})_", r"^(S2[A-D])_MSIL\w\w_(\d{8}T\d{6})_"):
         for word in (*told, *words):

@@ -1,4 +1,4 @@
-"""Catalog profiles: in come ``catalogs/NAME.yaml``, out come ``Profile`` values that say how a catalog speaks.
+"""Catalog profiles: in come ``catalogs/NAME.yaml``, out come ``Profile`` values that say how each speaks.
 
 A new catalog is a YAML file, never code.
 """
@@ -38,8 +38,8 @@ class OffsetPolicy(_Base):
 
     policy: Literal["none", "flag", "metadata", "baseline"] = Field(
         "baseline",
-        description="none: pixels carry no offset; flag: the item's flag where true, else baseline with the pixel check; "
-        "metadata: the asset's explicit offset; baseline: baseline with the pixel check",
+        description="none: pixels carry no offset; flag: the item's flag where true, else baseline with the "
+        "pixel check; metadata: the asset's explicit offset; baseline: baseline with the pixel check",
     )
     flag: str | None = Field(None, description="item property that says the offset is already applied")
 
@@ -61,7 +61,7 @@ class Retry(_Base):
 
 
 class Detect(_Base):
-    """How items of a catalog are told from others when only a path or URL is given; any one sign is enough."""
+    """How items of a catalog are told from others when only a path or URL is given; one sign is enough."""
 
     hosts: tuple[str, ...] = Field((), description="host names (or buckets) in the items' links or hrefs")
     properties: tuple[str, ...] = Field((), description="beginnings of item properties")

@@ -1,4 +1,4 @@
-"""Which of the found items are used: in come raw items, out come one profile, one mask rule and items without twins.
+"""Which of the found items are used: in come raw items, out come a profile, a mask rule and no twins.
 
 What is left out comes back with the reason.
 """
@@ -17,15 +17,15 @@ from pipeline.profiles import MaskRule, Profile, load_profile, profile_names
 from pipeline.stac import RawItem
 
 SPLIT_OVERLAP = 0.5
-"""Scenes of one tile and second are duplicates if they share more than this part of the smaller footprint; split
-datastrips share only a thin strip."""
+"""Scenes of one tile and second are duplicates if they share more than this part of the smaller footprint;
+split datastrips share only a thin strip."""
 
 
 def detect_profile(items: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Name of the profile that fits most of the items, and why.
 
-    Signs are a catalog's own item properties, its hosts and buckets, and asset keys no other catalog has; without any,
-    ``generic`` serves items with usual band names.
+    Signs are a catalog's own item properties, its hosts and buckets, and asset keys no other catalog has;
+    without any, ``generic`` serves items with usual band names.
 
     Raises:
         RequestError: if no item has a band under any known name.
@@ -44,8 +44,8 @@ def detect_profile(items: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return best[1], best[2]
     if not any(_has_band(item, generic) for item in items):
         raise RequestError(
-            f"profile: the items' assets ({', '.join(list(items[0].get('assets') or {})[:12])}) fit no known profile; "
-            "write one (YAML: which asset is which band) and name it as profile"
+            f"profile: the items' assets ({', '.join(list(items[0].get('assets') or {})[:12])}) fit no known "
+            "profile; write one (YAML: which asset is which band) and name it as profile"
         )
     return "generic", "usual band names and no catalog's own signs"
 
@@ -102,7 +102,8 @@ def usable(
         masks: rules whose rasters are kept besides the profile's.
 
     Returns:
-        (items, dropped as (id, why), notes). Items of another kind (neither band nor mask) are only counted in a note.
+        (items, dropped as (id, why), notes). Items of another kind (neither band nor mask) are only counted
+        in a note.
 
     Raises:
         ItemError: if no item at all has a band or the mask's raster, or one cannot be normalised.
@@ -152,7 +153,8 @@ def _somewhere(
         return
     first = max(found, key=lambda raw: len(raw.item.get("assets") or {})).item
     raise ItemError(
-        f"assets: none of {len(found)} items has the {what} (asset {' or '.join(names[:6])}, profile {profile.name}); "
+        f"assets: none of {len(found)} items has the {what} (asset {' or '.join(names[:6])}, profile "
+        f"{profile.name}); "
         f"item {first.get('id')!r} has {_some(first.get('assets') or {})}; "
         + (f"{way_out} or another profile" if way_out else "name another profile")
     )
@@ -162,14 +164,14 @@ def _some(assets: Mapping[str, Any]) -> str:
     return ", ".join(list(assets)[:16]) or "no asset"
 
 
-# -- duplicates -----------------------------------------------------------------------------------------------
+# -- duplicates ----------------------------------------------------------------------------------------------
 
 
 def deduplicate(items: Sequence[Item]) -> tuple[list[Item], list[tuple[str, str]]]:
     """Keep one of the scenes with the same platform, tile and second.
 
-    The one with the highest processing baseline stays, then the newest, then the greatest id. Split datastrips, whose
-    footprints complement each other, all stay.
+    The one with the highest processing baseline stays, then the newest, then the greatest id. Split
+    datastrips, whose footprints complement each other, all stay.
 
     Returns:
         (items in order of time, then id; dropped as (id, why)).

@@ -1,7 +1,8 @@
-"""Where items come from: in comes a location, out come raw STAC items with the place their relative hrefs start from.
+"""Where items come from: in comes a location, out come raw STAC items and the base of their hrefs.
 
-A location is a STAC API, a static catalog (local or http), an ItemCollection file, or a folder. Only JSON is read here;
-nothing is interpreted. Searches go by POST with retries, and every page is fetched before work starts.
+A location is a STAC API, a static catalog (local or http), an ItemCollection file, or a folder. Only JSON is
+read here; nothing is interpreted. Searches go by POST with retries, and every page is fetched before work
+starts.
 """
 
 import json
@@ -178,7 +179,8 @@ def _folder(path: Path, stac_io: StacApiIO) -> ItemFiles:
             out.items += _files(str(file), data, stac_io).items
     if not out.items:
         raise RequestError(
-            f"catalog: the folder {path} holds no STAC; it needs a catalog.json, an items.geojson or item files"
+            f"catalog: the folder {path} holds no STAC; it needs a catalog.json, an items.geojson or item "
+            "files"
         )
     return out
 
@@ -191,8 +193,8 @@ def _files(location: str, data: dict[str, Any], stac_io: StacApiIO) -> ItemFiles
         out.items = list(_walk(location, data, stac_io))
     else:
         raise RequestError(
-            f"catalog: {out.source} is JSON but no STAC (type {data.get('type')!r}); an ItemCollection, a Catalog, "
-            "a Collection or a STAC API is needed"
+            f"catalog: {out.source} is JSON but no STAC (type {data.get('type')!r}); an ItemCollection, a "
+            "Catalog, a Collection or a STAC API is needed"
         )
     return out
 
@@ -228,14 +230,16 @@ def _fetch(location: str, stac_io: StacApiIO) -> dict[str, Any]:
             text = Path(location).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(
-                f"catalog: {location} cannot be read ({error}); a link of the catalog points to it, or its path is wrong"
+                f"catalog: {location} cannot be read ({error}); a link of the catalog points to it, or its "
+                "path is wrong"
             ) from error
     try:
         data = json.loads(text)
     except ValueError as error:
         kind = CatalogError if "://" in location else RequestError
         raise kind(
-            f"catalog: {without_credentials(location)} is not JSON ({error}); give a STAC API, catalog or ItemCollection"
+            f"catalog: {without_credentials(location)} is not JSON ({error}); give a STAC API, catalog or "
+            "ItemCollection"
         ) from error
     return data if isinstance(data, dict) else {}
 
@@ -261,6 +265,6 @@ class _as_catalog_error:
                 f"it answered HTTP {status}" if status else "it cannot be reached or did not answer properly"
             )
             raise CatalogError(
-                f"catalog {self._url}: {what}, after retries ({str(error)[:200]}); check the address and the network, "
-                "wait and try again, or use another catalog or a frozen search"
+                f"catalog {self._url}: {what}, after retries ({str(error)[:200]}); check the address and the "
+                "network, wait and try again, or use another catalog or a frozen search"
             ) from error
