@@ -1,0 +1,250 @@
+"""Open rasters: in come an href and a catalog's ``Profile``, out comes an open dataset, lent to one thread at a time.
+
+Datasets stay open between reads in one LRU for the process, since opening costs as much as reading. Faults are told
+apart here: what may pass is retried with doubling, jittered waits after GDAL's cache of that address is cleared (else
+a truncated answer would be served again); a 403 renews the token once; the rest is a ``ReadError`` at once. Messages
+carry GDAL's own words, which rasterio keeps in the chain of causes, and never a query string.
+"""
+
+import os
+import random
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final, Literal
+
+import rasterio
+import rasterio.cache
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader
+
+from pipeline.errors import ReadError
+from pipeline.profiles import Profile
+from pipeline.signing import auth_settings, redact, sign
+
+DEFAULTS: Final = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_HTTP_MULTIPLEX": "YES",
+    "GDAL_HTTP_VERSION": "2TLS",
+    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+    "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
+    "GDAL_HTTP_CONNECTTIMEOUT": "10",
+    "GDAL_HTTP_TIMEOUT": "60",
+    "GDAL_HTTP_MAX_RETRY": "0",  # retries are counted and recorded here, not inside GDAL
+    "GDAL_NUM_THREADS": "1",
+}
+BLOCK_CACHE_BYTES: Final = 256 * 2**20
+MAX_OPEN: Final = 400
+MAX_WAIT_S: Final = 60.0
+
+_PASSING: Final = re.compile(
+    r"HTTP (?:response|error) code ?: ?(408|425|429|5\d\d)|timed? ?out|too slow|could ?n.?t resolve|could not resolve|connect",
+    re.IGNORECASE,
+)
+_LASTING: Final = re.compile(
+    r"HTTP (?:response|error) code ?: ?(400|401|404|405|410)\b|no such file|NoSuchKey|key does not exist|NoSuchBucket",
+    re.IGNORECASE,
+)
+_FORBIDDEN: Final = re.compile(
+    r"HTTP (?:response|error) code ?: ?403\b|AccessDenied|Access Denied", re.IGNORECASE
+)
+Fault = Literal["transient", "permanent", "forbidden"]
+
+
+def gdal_settings(profile: Profile | None) -> dict[str, str]:
+    """GDAL settings for reads: our defaults, then the environment's own, then the profile's, then its credentials.
+
+    Returned values may hold credentials from the environment: apply them with ``rasterio.Env`` in the reading thread,
+    never store them.
+    """
+    settings = {key: value for key, value in DEFAULTS.items() if key not in os.environ}
+    return {**settings, **profile.gdal, **auth_settings(profile.auth)} if profile else settings
+
+
+def is_remote(href: str) -> bool:
+    """Whether reads of this href go over a network."""
+    return "://" in href and not href.startswith("file://")
+
+
+def vsi_path(href: str) -> str:
+    """The name GDAL opens: URLs and buckets by GDAL's own clients (no boto3), files as they are."""
+    for scheme, prefix in (
+        ("s3://", "/vsis3/"),
+        ("gs://", "/vsigs/"),
+        ("az://", "/vsiaz/"),
+    ):
+        if href.startswith(scheme):
+            return prefix + href.removeprefix(scheme)
+    if href.startswith(("http://", "https://")):
+        return f"/vsicurl/{href}"
+    return href.removeprefix("file://")
+
+
+def words(error: BaseException) -> str:
+    """Everything GDAL said about an error, without query strings; rasterio shows only the last line."""
+    said: list[str] = []
+    step: BaseException | None = error
+    while step is not None and len(said) < 6:
+        text = redact(str(step)).strip()
+        if text and "See previous exception" not in text and not any(text in line for line in said):
+            said.append(text)
+        step = step.__cause__ or step.__context__
+    return "; ".join(said) or type(error).__name__
+
+
+def classify(text: str, *, remote: bool) -> Fault:
+    """Whether waiting may help. What a remote raster cannot parse may be a cut-off answer, so it may pass; a local
+    file that cannot be parsed stays broken.
+    """
+    if _FORBIDDEN.search(text):
+        return "forbidden"
+    if _LASTING.search(text):
+        return "permanent"
+    return "transient" if remote or _PASSING.search(text) else "permanent"
+
+
+class Handles:
+    """Datasets that are open but not in use, the longest unused closed first."""
+
+    def __init__(self, limit: int = MAX_OPEN) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[int, tuple[tuple[str, int | None], str, DatasetReader]] = OrderedDict()
+        self._by_key: dict[tuple[str, int | None], list[int]] = {}
+        self._next = 0
+        self._pid = os.getpid()
+
+    def take(self, href: str, level: int | None) -> tuple[str, DatasetReader] | None:
+        """The signed address and an open dataset that nobody else holds, None if there is none."""
+        with self._lock:
+            self._after_fork()
+            numbers = self._by_key.get((href, level))
+            if not numbers:
+                return None
+            number = numbers.pop()
+            _, address, dataset = self._idle.pop(number)
+            return address, dataset
+
+    def give(self, href: str, level: int | None, address: str, dataset: DatasetReader) -> None:
+        """Hand a dataset back for the next read."""
+        closing: list[DatasetReader] = []
+        with self._lock:
+            self._after_fork()
+            self._idle[self._next] = ((href, level), address, dataset)
+            self._by_key.setdefault((href, level), []).append(self._next)
+            self._next += 1
+            while len(self._idle) > self._limit:
+                number, (key, _, old) = self._idle.popitem(last=False)
+                self._by_key[key].remove(number)
+                if not self._by_key[key]:
+                    del self._by_key[key]
+                closing.append(old)
+        for old in closing:
+            old.close()
+
+    def close(self) -> None:
+        """Close every dataset that is not in use."""
+        with self._lock:
+            closing = [dataset for _, _, dataset in self._idle.values()]
+            self._idle.clear()
+            self._by_key.clear()
+        for dataset in closing:
+            dataset.close()
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def _after_fork(self) -> None:
+        """A forked child must not use its parent's file descriptors."""
+        if self._pid != os.getpid():
+            self._idle.clear()
+            self._by_key.clear()
+            self._pid = os.getpid()
+
+
+HANDLES: Final = Handles()
+_bounded = threading.Event()
+
+
+def bound_block_cache(size_bytes: int = BLOCK_CACHE_BYTES) -> None:
+    """Bound GDAL's cache of decoded blocks for this process (its default is 5 % of the machine's memory)."""
+    with rasterio.Env(GDAL_CACHEMAX=size_bytes):
+        _bounded.set()
+
+
+def with_dataset[T](
+    href: str,
+    profile: Profile | None,
+    action: Callable[[DatasetReader], T],
+    *,
+    level: int | None = None,
+) -> T:
+    """Run ``action`` on the open dataset of ``href``, again after a fault that may pass.
+
+    Args:
+        href: unsigned location.
+        profile: credentials, retry policy and GDAL settings; None for plain files and public addresses.
+        action: reads from the dataset; run again as a whole on a retry.
+        level: overview to open, None for full resolution.
+
+    Raises:
+        ReadError: when it cannot be read; ``transient`` says whether waiting may help.
+    """
+    if not _bounded.is_set() and "GDAL_CACHEMAX" not in os.environ:
+        bound_block_cache()
+    settings = gdal_settings(profile)
+    tries, backoff = (profile.retry.tries, profile.retry.backoff_s) if profile else (4, 0.5)
+    refused: str | None = None
+    attempt = 1
+    with rasterio.Env(**settings):
+        while True:
+            address = ""
+            try:
+                # After a fault only a fresh dataset will do: others that are idle may hold the same stale token.
+                first = attempt == 1 and refused is None
+                address, dataset = (HANDLES.take(href, level) if first else None) or ("", None)
+                if dataset is None:
+                    address = sign(href, profile.auth, refused=refused) if profile else href
+                    dataset = _open(address, level)
+                try:
+                    result = action(dataset)
+                except BaseException:
+                    dataset.close()
+                    raise
+                HANDLES.give(href, level, address, dataset)
+                return result
+            except (RasterioError, CPLE_BaseError, OSError) as error:
+                said = words(error)
+            fault = classify(said, remote=is_remote(href))
+            _forget(address, href)
+            if fault == "forbidden" and refused is None:
+                refused = address  # once: a token may have run out since the dataset was opened
+                continue
+            if fault != "transient" or attempt >= tries:
+                raise ReadError(_message(href, said, fault, attempt), transient=fault == "transient")
+            time.sleep(min(backoff * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.5))
+            attempt += 1
+
+
+def _open(address: str, level: int | None) -> DatasetReader:
+    options = {} if level is None else {"OVERVIEW_LEVEL": level}
+    dataset: DatasetReader = rasterio.open(vsi_path(address), sharing=False, **options)
+    return dataset
+
+
+def _forget(address: str, href: str) -> None:
+    """Drop what GDAL remembers of an address: the parts of a cut-off answer, or that it was not there."""
+    if is_remote(href):
+        rasterio.cache.invalidate(vsi_path(address or href))
+
+
+def _message(href: str, said: str, fault: Fault, tries: int) -> str:
+    way_out = {
+        "transient": f"tried {tries} times; wait and run again, it goes on where it stopped",
+        "permanent": "check that the file is there and whole, or search again",
+        "forbidden": "check the credentials and auth.kind of the profile",
+    }[fault]
+    return f"cannot read {redact(href)}: {said}; {way_out}"

@@ -1,0 +1,342 @@
+"""Pixels of assets: in come an ``Asset`` and a ``Grid``, out comes the array of exactly that grid's pixels.
+
+The one way to pixels, for the job (through ``ReadPool``), for stackstac, odc-stac and the scout. It signs at read
+time, keeps datasets open between windows, retries what may pass, and never hides a failure: what cannot be read is a
+``ReadError``. Values are the raster's own DN; ``dn_to_codes`` turns them into codes.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
+
+from pipeline.codes import (
+    CLEAR,
+    CLOUD,
+    NODATA,
+    SHADOW,
+    dn_to_codes,
+    fuse_scenes,
+    reduce_states,
+    spread_cells,
+)
+from pipeline.errors import ReadError
+from pipeline.grid import Grid
+from pipeline.handles import HANDLES, bound_block_cache, gdal_settings, with_dataset
+from pipeline.items import Asset
+from pipeline.profiles import Profile
+from pipeline.warp import (
+    Fetch,
+    Frame,
+    Kind,
+    lattice_ratio,
+    native_offset,
+    resample,
+    shrink,
+)
+
+__all__ = [
+    "CLEAR",
+    "CLOUD",
+    "NODATA",
+    "SHADOW",
+    "ReadPool",
+    "ReadStats",
+    "bound_block_cache",
+    "close_handles",
+    "coarse_grid",
+    "dn_to_codes",
+    "fuse_scenes",
+    "gdal_settings",
+    "mask_lattice",
+    "read_coarse",
+    "read_window",
+    "reduce_states",
+    "spread_cells",
+]
+
+MASK_FACTORS: Final = (1, 2, 3, 6)
+"""Ratios of a mask's pixel to the grid's at which the mask is read and grown on its own lattice."""
+
+
+def frame_of(asset: Asset) -> Frame:
+    """Where an asset lies, as its item says."""
+    return Frame(
+        asset.crs,
+        asset.transform,
+        asset.shape,
+        0.0 if asset.nodata is None else asset.nodata,
+    )
+
+
+def read_window(
+    asset: Asset,
+    grid: Grid,
+    *,
+    kind: Kind = "reflectance",
+    profile: Profile | None = None,
+) -> NDArray[Any]:
+    """Read an asset onto exactly the pixels of ``grid``.
+
+    On the raster's own lattice the pixels come as they are, each block of the file touched once. Elsewhere classes
+    come by nearest neighbour and reflectance bilinear, averaged first when the grid is coarser by two or more (see
+    ``pipeline.warp``). The value of a pixel never depends on the window asked for.
+
+    Args:
+        asset: unsigned; its CRS is taken as the item says, its affine and shape as the file says.
+        grid: any part of the lattice; outside the raster there is no data.
+        kind: ``reflectance`` or ``classes``.
+        profile: credentials, retries and GDAL settings.
+
+    Returns:
+        (height, width) raw DN in the raster's dtype, the asset's nodata (0 if it names none) where there is none.
+
+    Raises:
+        ReadError: when it cannot be read, after retries.
+    """
+    frame = frame_of(asset)
+    start = native_offset(frame, grid)
+    if start is not None and _apart(start, grid, frame):
+        return _absent(asset, grid, kind)
+    levels = 1.0 if start is not None else shrink(frame, grid.crs, grid.resolution_m)
+    budget = levels / 2 if kind == "reflectance" else levels
+    return _read(asset, grid, kind, profile, budget)
+
+
+def read_coarse(
+    asset: Asset,
+    grid: Grid,
+    *,
+    out_px: int,
+    kind: Kind = "reflectance",
+    profile: Profile | None = None,
+) -> tuple[NDArray[Any], Grid]:
+    """A cheap look at the whole grid from overviews, for the scout.
+
+    Returns:
+        (array, coarse grid): the raster on the covering grid of at most about ``out_px`` pixels a side, its pixels
+        whole multiples of the lattice's; classes by nearest neighbour, reflectance averaged, from the coarsest
+        overview that is still as fine as that grid.
+    """
+    factor = max(1, math.ceil(max(grid.shape) / max(out_px - 1, 1)))
+    coarse, _ = coarse_grid(grid, factor, (0, 0))
+    budget = shrink(frame_of(asset), coarse.crs, coarse.resolution_m)
+    return _read(asset, coarse, kind, profile, budget), coarse
+
+
+def _read(asset: Asset, grid: Grid, kind: Kind, profile: Profile | None, budget: float) -> NDArray[Any]:
+    """Read from the coarsest overview that shrinks the raster by no more than ``budget``."""
+    level = None
+    if budget >= 2:
+        overviews = with_dataset(asset.href, profile, lambda dataset: dataset.overviews(1))
+        fitting = [index for index, factor in enumerate(overviews) if factor <= budget + 1e-6]
+        level = fitting[-1] if fitting else None
+    return with_dataset(
+        asset.href,
+        profile,
+        lambda dataset: _pixels(dataset, asset, grid, kind),
+        level=level,
+    )
+
+
+def _pixels(dataset: DatasetReader, asset: Asset, grid: Grid, kind: Kind) -> NDArray[Any]:
+    frame = _file_frame(dataset, asset)
+    fetch = _fetcher(dataset, frame)
+    start = native_offset(frame, grid)
+    if start is None:
+        return resample(fetch, frame, grid, kind)
+    row, col = start
+    return fetch(row, row + grid.height, col, col + grid.width)
+
+
+def _file_frame(dataset: DatasetReader, asset: Asset) -> Frame:
+    """The georeference of the file itself (or of its opened overview); the item's where the file has none."""
+    affine = dataset.transform
+    shape = (dataset.height, dataset.width)
+    if affine.is_identity:
+        a, b, c, d, e, f = asset.transform
+        by_row, by_col = asset.shape[0] / shape[0], asset.shape[1] / shape[1]
+        numbers = (a * by_col, b * by_row, c, d * by_col, e * by_row, f)
+    else:
+        numbers = (affine.a, affine.b, affine.c, affine.d, affine.e, affine.f)
+    return Frame(asset.crs, numbers, shape, _fill(np.dtype(dataset.dtypes[0]), asset.nodata))
+
+
+def _fill(dtype: np.dtype[Any], nodata: float | None) -> float:
+    """The nodata value where the dtype can hold it, else 0."""
+    if nodata is None or (dtype.kind != "f" and not float(nodata).is_integer()):
+        return 0.0
+    if dtype.kind != "f" and not np.iinfo(dtype).min <= nodata <= np.iinfo(dtype).max:
+        return 0.0
+    return nodata
+
+
+def _fetcher(dataset: DatasetReader, frame: Frame) -> Fetch:
+    height, width = frame.shape
+
+    def fetch(r0: int, r1: int, c0: int, c1: int) -> NDArray[Any]:
+        top, bottom = max(r0, 0), min(r1, height)
+        left, right = max(c0, 0), min(c1, width)
+        window = Window(left, top, right - left, bottom - top)
+        if (top, bottom, left, right) == (r0, r1, c0, c1):
+            whole: NDArray[Any] = dataset.read(1, window=window)
+            return whole
+        out = np.full((r1 - r0, c1 - c0), frame.nodata, dataset.dtypes[0])
+        if bottom > top and right > left:
+            dataset.read(
+                1,
+                window=window,
+                out=out[top - r0 : bottom - r0, left - c0 : right - c0],
+            )
+        return out
+
+    return fetch
+
+
+def _apart(start: tuple[int, int], grid: Grid, frame: Frame) -> bool:
+    row, col = start
+    return row >= frame.shape[0] or col >= frame.shape[1] or row + grid.height <= 0 or col + grid.width <= 0
+
+
+def _absent(asset: Asset, grid: Grid, kind: Kind) -> NDArray[Any]:
+    """No data, without opening the file only to learn its dtype."""
+    nodata = 0.0 if asset.nodata is None else asset.nodata
+    dtypes: tuple[Any, ...] = (np.uint8,) if kind == "classes" else ()
+    for dtype in (*dtypes, np.uint16, np.int16):
+        if _fill(np.dtype(dtype), nodata) == nodata:
+            return np.full(grid.shape, nodata, dtype)
+    return np.full(grid.shape, nodata, np.float32)
+
+
+def close_handles() -> None:
+    """Close the datasets this process keeps open between reads."""
+    HANDLES.close()
+
+
+def mask_lattice(assets: Sequence[Asset], grid: Grid) -> tuple[int, tuple[int, int]]:
+    """Whether class rasters can be read, and grown, on their own coarser lattice.
+
+    Returns:
+        (factor, phase): 2, 3 or 6 where every raster's pixels are that multiple of the grid's and all lie on one
+        lattice; its cells start at global rows ``R % factor == phase[0]`` and columns ``C % factor == phase[1]``.
+        Otherwise (1, (0, 0)): read them on the grid itself, by nearest neighbour.
+    """
+    found = {lattice_ratio(frame_of(asset), grid, MASK_FACTORS) for asset in assets}
+    only = found.pop() if len(found) == 1 else None
+    return (1, (0, 0)) if only is None or only[0] == 1 else only
+
+
+def coarse_grid(grid: Grid, factor: int, phase: tuple[int, int]) -> tuple[Grid, tuple[int, int]]:
+    """The grid of whole cells that covers ``grid``, and the place (row, col) of the fine [0, 0] in its cell [0, 0]."""
+    if factor == 1:
+        return grid, (0, 0)
+    size = grid.resolution_m
+    side = size * factor
+    offset = ((grid.row0 - phase[0]) % factor, (grid.col0 - phase[1]) % factor)
+    x_phase = (grid.phase_m[0] + phase[1] * size) % side
+    y_phase = (grid.phase_m[1] - phase[0] * size) % side
+    coarse = replace(
+        grid,
+        resolution_m=side,
+        phase_m=(x_phase, y_phase),
+        row0=round((y_phase - grid.top - offset[0] * size) / side),
+        col0=round((grid.left - offset[1] * size - x_phase) / side),
+        height=-(-(grid.height + offset[0]) // factor),
+        width=-(-(grid.width + offset[1]) // factor),
+    )
+    return coarse, offset
+
+
+@dataclass
+class ReadStats:
+    """What a pool has read: for the run record.
+
+    Attributes:
+        reads: finished, failed ones included.
+        failed: of them without pixels.
+        bytes: of the arrays handed out.
+        seconds: summed over threads, from the start of a read to its end, retries included.
+        failures: (href without query string, message) of each failed read.
+    """
+
+    reads: int = 0
+    failed: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+class ReadPool:
+    """Threads that keep many reads in flight.
+
+    ``submit`` waits while ``ahead`` reads are queued or running, so a job's read-ahead is bounded; arrays that are
+    read but not fetched yet belong to the caller. Use it as a context manager.
+
+    Args:
+        threads: reads at a time; about the cores for files, 8 to 16 over a network.
+        ahead: reads queued or running at a time, by default four per thread.
+        profile: credentials, retries and GDAL settings.
+    """
+
+    def __init__(self, *, threads: int, ahead: int | None = None, profile: Profile | None = None) -> None:
+        self.profile = profile
+        self.stats = ReadStats()
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(ahead or 4 * threads)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
+
+    def submit(self, asset: Asset, grid: Grid, kind: Kind = "reflectance") -> Future[NDArray[Any]]:
+        """Queue one ``read_window``; the future gives its array or raises its ``ReadError``."""
+        self._slots.acquire()
+        try:
+            future = self._threads.submit(self._read, asset, grid, kind)
+        except BaseException:
+            self._slots.release()
+            raise
+        future.add_done_callback(lambda _: self._slots.release())
+        return future
+
+    def _read(self, asset: Asset, grid: Grid, kind: Kind) -> NDArray[Any]:
+        began = time.perf_counter()
+        pixels: NDArray[Any] | None = None
+        problem: ReadError | None = None
+        try:
+            pixels = read_window(asset, grid, kind=kind, profile=self.profile)
+            return pixels
+        except ReadError as error:
+            problem = error
+            raise
+        finally:
+            with self._lock:
+                self.stats.reads += 1
+                self.stats.seconds += time.perf_counter() - began
+                if pixels is not None:
+                    self.stats.bytes += pixels.nbytes
+                else:
+                    self.stats.failed += 1
+                if problem is not None:
+                    self.stats.failures.append((asset.href.split("?")[0], str(problem)))
+
+    def close(self) -> None:
+        """Drop what is queued and wait for what is running; further submits are refused."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
