@@ -1,0 +1,194 @@
+"""The demo's scenes: in comes a seed, out come COGs, Earth Search items and the truth.
+
+The demo region lies on the real lattices of MGRS tiles 33TWL and 33TWM (EPSG:32633), cut small around their
+real overlap, in the summer of 2021: harvest, growing maize, a flood in July. Its items stand on both sides of
+processing baseline 04.00, because Collection-1 reprocessing (05.00) replaced some products of 2021 and left
+others at 03.00 and 03.01. Their offset metadata contradict each other in the ways known from the real one.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from pipeline.bands import to_codes
+from pipeline.phenology import SIM_BANDS, SceneParams
+from pipeline.scene_files import (
+    EPOCH,
+    HARMONISED,
+    HOLDS_OFFSET,
+    NEWER,
+    OLD,
+    SHIFTED_UNTOLD,
+    Cut,
+    Pass,
+    served_items,
+    write_cog,
+    write_region,
+    write_scenes,
+)
+from pipeline.simulate import Region
+from pipeline.skies import Acquisition
+
+__all__ = ["DemoScenes", "demo_passes", "demo_region", "served_items", "write_demo", "write_scenes"]
+
+STATE_CLEAR, STATE_CLOUD, STATE_SHADOW, STATE_NODATA = 0, 1, 2, 255
+
+
+@dataclass(frozen=True)
+class DemoScenes:
+    """What ``write_demo`` left on disk.
+
+    Attributes:
+        root: the folder.
+        items: path of the ItemCollection with hrefs relative to it; needs no server.
+        truth: folder of the truth, see its ``truth.json``.
+        bbox: (west, south, east, north) degrees of the area both tiles cover together.
+        start, end, target: first and last acquisition and the date to compose for.
+        bands: what was written.
+        tiles: MGRS names.
+        size_px: (height, width) of the whole area at 10 m; ``west_m``, ``north_m``, ``epsg`` place it.
+        n_items: number of items.
+    """
+
+    root: Path
+    items: Path
+    truth: Path
+    bbox: tuple[float, float, float, float]
+    start: date
+    end: date
+    target: date
+    bands: tuple[str, ...]
+    tiles: tuple[str, ...]
+    size_px: tuple[int, int]
+    west_m: float
+    north_m: float
+    epsg: int
+    n_items: int
+
+
+DEMO_TARGET: Final = date(2021, 7, 11)
+DEMO_CUTS: Final = (Cut("33TWM", 0, 0, 512, 768), Cut("33TWL", 400, 0, 512, 768))
+DEMO_PARAMS: Final = SceneParams(
+    west_m=499980.0,
+    north_m=5104000.0,  # row 9602 of 33TWM; row 400 of the region is the top of 33TWL, 5100000
+    width_px=768,
+    height_px=912,
+    flood_day=(date(2021, 7, 16) - EPOCH).days,
+)
+_SWATH: Final = 502_400.0
+
+# date, platform, relative orbit, cloud fraction, haze, products. Orbit 079's western swath edge crosses the
+# region.
+_DEMO: Final = (
+    ("2021-06-11", "S2B", 79, 0.08, 0.006, (OLD,)),
+    ("2021-06-16", "S2A", 79, 0.45, 0.012, (HARMONISED,)),
+    ("2021-06-19", "S2A", 122, 0.04, 0.004, (OLD,)),
+    ("2021-06-24", "S2B", 122, 0.97, 0.010, (HARMONISED,)),
+    ("2021-06-29", "S2A", 122, 0.30, 0.030, (HOLDS_OFFSET,)),
+    ("2021-07-04", "S2B", 122, 0.15, 0.005, (NEWER,)),
+    ("2021-07-06", "S2A", 79, 0.55, 0.010, (NEWER,)),
+    ("2021-07-09", "S2A", 122, 1.00, 0.010, (HARMONISED,)),  # white, and SCL calls it clear
+    ("2021-07-11", "S2B", 79, 0.35, 0.006, (NEWER, replace(HARMONISED, tiles=("33TWM",)))),
+    ("2021-07-14", "S2B", 122, 0.25, 0.007, (SHIFTED_UNTOLD,)),
+    ("2021-07-16", "S2A", 79, 0.20, 0.005, (HARMONISED,)),
+    ("2021-07-19", "S2A", 122, 0.60, 0.025, (NEWER,)),
+    ("2021-07-26", "S2A", 79, 0.06, 0.005, (HARMONISED,)),
+    ("2021-08-03", "S2B", 122, 0.30, 0.008, (HARMONISED,)),
+    ("2021-08-05", "S2A", 79, 0.22, 0.006, (NEWER,)),
+    ("2021-08-08", "S2A", 122, 0.05, 0.004, (HARMONISED,)),
+)
+
+
+def demo_passes() -> tuple[Pass, ...]:
+    """The sixteen passes of the demo, 2021-06-11 to 2021-08-08."""
+    passes = []
+    for when, platform, orbit, cloud, haze, processings in _DEMO:
+        acquisition = Acquisition(
+            day=(date.fromisoformat(when) - EPOCH).days,
+            cloud_fraction=cloud,
+            haze=haze,
+            swath_west_m=_SWATH if orbit == 79 else None,
+            scl_blind=cloud == 1.0,
+        )
+        passes.append(Pass(acquisition, platform, orbit, processings))
+    return tuple(passes)
+
+
+def demo_region(seed: int = 0) -> Region:
+    """The demo's region, from which every truth can be had again."""
+    return Region(DEMO_PARAMS, seed, acquisitions=[each.acquisition for each in demo_passes()])
+
+
+def write_demo(out: Path, *, seed: int = 0, bands: Sequence[str] = SIM_BANDS, threads: int = 2) -> DemoScenes:
+    """Write the demo's scenes, items and truth under ``out``.
+
+    Args:
+        out: folder, made if missing; files of the same names are replaced.
+        seed: of ``Region``; the same seed gives the same pixels.
+        bands: of ``SIM_BANDS``.
+        threads: for compression.
+    """
+    region, passes = demo_region(seed), demo_passes()
+    items = write_region(region, passes, out, cuts=DEMO_CUTS, bands=bands, block_px=512, threads=threads)
+    collection = json.loads(items.read_text())["features"]
+    west, south, east, north = np.array([feature["bbox"] for feature in collection]).T
+    days = [each.acquisition.day for each in passes]
+    _write_truth(region, passes, out / "truth", bands=bands, target=DEMO_TARGET)
+    return DemoScenes(
+        root=out,
+        items=items,
+        truth=out / "truth",
+        bbox=(float(west.min()), float(south.min()), float(east.max()), float(north.max())),
+        start=EPOCH + timedelta(days=days[0]),
+        end=EPOCH + timedelta(days=days[-1]),
+        target=DEMO_TARGET,
+        bands=tuple(bands),
+        tiles=tuple(cut.tile for cut in DEMO_CUTS),
+        size_px=region.shape,
+        west_m=DEMO_PARAMS.west_m,
+        north_m=DEMO_PARAMS.north_m,
+        epsg=DEMO_PARAMS.epsg,
+        n_items=len(collection),
+    )
+
+
+def _write_truth(
+    region: Region, passes: Sequence[Pass], folder: Path, *, bands: Sequence[str], target: date
+) -> None:
+    """Truth at the target date, the clear look of its pass, every pass's state, relief, and an index."""
+    params, day = region.params, (target - EPOCH).days
+    place = partial(write_cog, west_m=params.west_m, north_m=params.north_m, epsg=params.epsg, block_px=512)
+    of_target = [k for k, one in enumerate(passes) if one.acquisition.day == day]
+    clear = region.observe(of_target[0], bands, cloudy=False).reflectance if of_target else {}
+    for name in ("surface", "clear_look", "state"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for band in bands:
+        for kind, values in (("surface", region.truth(day, band)), ("clear_look", clear.get(band))):
+            if values is not None:
+                metres = 10 * params.height_px // values.shape[0]
+                codes = to_codes(values)
+                place(folder / kind / f"{band}.tif", codes, pixel_m=metres)
+    for index, one in enumerate(passes):
+        seen = region.observe(index, ())
+        choices = [STATE_NODATA, STATE_CLOUD, STATE_SHADOW]
+        state = np.select([~seen.valid, seen.cloud, seen.shadow], choices, STATE_CLEAR)
+        when = EPOCH + timedelta(days=one.acquisition.day)
+        path = folder / "state" / f"{when}.tif"
+        place(path, state.astype(np.uint8), pixel_m=10, classes=True)
+    relief = np.rint(region.elevation() * 10).astype(np.uint16)
+    place(folder / "elevation.tif", relief, pixel_m=10)
+    notes = {
+        "target": target.isoformat(),
+        "seed": region.seed,
+        "surface": "reflectance of the ground on the target date, uint16 (code - 1000) / 10000, 0 no data",
+        "clear_look": "the pass of the target date without clouds and shadows, its gain, haze and noise kept",
+        "state": "per pass: 0 clear, 1 cloud, 2 shadow, 255 outside the swath",
+        "elevation": "decimetres above the sea",
+    }
+    (folder / "truth.json").write_text(json.dumps(notes, indent=1))
