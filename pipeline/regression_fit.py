@@ -1,8 +1,10 @@
-"""In: looks of one acquisition's neighbours on whole lattice cells. Out: ridge coefficients at the lattice's nodes.
+"""In: looks of one acquisition's neighbours on whole lattice cells. Out: ridge coefficients at the
+lattice's nodes.
 
-The numerical half of :mod:`pipeline.regression`: features (gaps closed linearly in time), one Gram matrix per cell,
-and the fit of every node from the Gram matrices of the cells around it. A Gram matrix is additive, so overlapping
-windows, re-weighting of hazy cells and held-out patches all cost sums of small matrices, never a second look at pixels.
+The numerical half of :mod:`pipeline.regression`: features (gaps closed linearly in time), one Gram matrix
+per cell, and the fit of every node from the Gram matrices of the cells around it. A Gram matrix is
+additive, so overlapping windows, re-weighting of hazy cells and held-out patches all cost sums of small
+matrices, never a second look at pixels.
 """
 
 import threading
@@ -12,16 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-CELL_PX = 32  # side of a cell: pixels share one Gram matrix
-STRIDE_CELLS = 2  # nodes stand on every second corner of the cells
-REACH_CELLS = 4  # a node is fitted on the cells within this many cells of it, in each of the four directions
+from pipeline.regression_lattice import CELL_PX
 
-# Codes are centred and scaled before they are squared in float32: at 1e3 codes a unit the relative rounding of a cell's
-# Gram matrix (1e-6) stays far below the ridge.
+# Codes are centred and scaled before they are squared in float32: at 1e3 codes a unit the relative rounding
+# of a cell's Gram matrix (1e-6) stays far below the ridge.
 CENTRE_CODE = np.float32(2500.0)
 UNIT_CODES = np.float32(1000.0)
+TRUST_GENEROSITY = 1.5
 HUBER_K = 1.5  # a cell counts in full until its error is this many times the window's median
 REWEIGHT_ROUNDS = 2
 FOLDS = 4  # held-out patches: every fourth cell, in a 2 x 2 pattern
@@ -39,8 +40,8 @@ _blas_limits: list[threadpool_limits] = []
 def one_blas_thread() -> Iterator[None]:
     """Hold BLAS to one thread, since the order of its sums may follow the number of threads.
 
-    The setting belongs to the process; users are counted, so that a thread that finishes first does not lift the limit
-    from under another one.
+    The setting belongs to the process; users are counted, so that a thread that finishes first does not
+    lift the limit from under another one.
     """
     global _blas_users
     with _blas_lock:
@@ -58,32 +59,44 @@ def one_blas_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tile:
-    """A run of neighbouring cells in one row of cells, as features; ``n`` cells, ``p`` features, ``P`` px a cell."""
+    """A run of neighbouring cells in one row of cells, as features; ``n`` cells, ``p`` features, ``P`` px a
+    cell."""
 
     rows: Float32  # (n, p + 1 + b, P): features (dates x bands, then linear per band), ones, anchor minus linear
     fitted: Float32  # (n, P): 1 where the anchor and at least one other look are clear
     looked: Bool  # (n, P): at least one look besides the anchor
     swing: Float32  # (n, b, P): next minus previous clear look around the anchor, NaN where one of them is missing
-    clear_px: NDArray[np.int32]  # (n, dates): clear pixels of each date
+    clear: Bool  # (n, dates, P): which features were seen on their own date, and not closed in time
 
 
 @dataclass(frozen=True)
 class NodeFit:
     """What one node knows; coefficients are in codes per (code / UNIT_CODES)."""
 
-    coefficients: Float32  # (b, features + 1): on the date and linear rows, then the constant; added to linear
+    coefficients: (
+        Float32  # (b, features + 1): on the date and linear rows, then the constant; added to linear
+    )
     evidence: float  # 0..1: how much the anchor's clear pixels decide (0 = plain linear)
     variance: Float64  # (b,) code^2: error on held-out cells, blended with the linear method's own
+    closed_variance: Float32  # (b, dates) code^2: what a date adds where it is itself a gap closed in time
 
 
 def candidate_dates(days: NDArray[np.int32], anchor: int, most: int) -> list[int]:
-    """The ``most`` dates nearest to the anchor, in time order; chosen by days alone, hence the same everywhere."""
-    order = sorted((t for t in range(len(days)) if t != anchor), key=lambda t: (abs(int(days[t] - days[anchor])), t))
+    """The ``most`` dates nearest to the anchor, in time order; chosen by days alone, hence the same
+    everywhere."""
+    order = sorted(
+        (t for t in range(len(days)) if t != anchor),
+        key=lambda t: (abs(int(days[t] - days[anchor])), t),
+    )
     return sorted(order[:most])
 
 
 def tile_features(
-    codes: NDArray[np.uint16], clear: Bool, days: NDArray[np.int32], anchor: int, dates: Sequence[int]
+    codes: NDArray[np.uint16],
+    clear: Bool,
+    days: NDArray[np.int32],
+    anchor: int,
+    dates: Sequence[int],
 ) -> Tile:
     """Features of one tile.
 
@@ -95,8 +108,8 @@ def tile_features(
         dates: indices of the dates that become features, ascending, without the anchor.
 
     Returns:
-        A :class:`Tile`. A date's gaps are closed linearly in time from all other dates **but the anchor**: with it,
-        the fit would learn from its own answer.
+        A :class:`Tile`. A date's gaps are closed linearly in time from all other dates **but the anchor**:
+        with it, the fit would learn from its own answer.
     """
     n_bands, height, width = codes.shape[1:]
     wanted = {t: i for i, t in enumerate(dates)}
@@ -147,17 +160,18 @@ def tile_features(
         rows=rows,
         fitted=_cells(clear[anchor] & looked).astype(np.float32),
         looked=_cells(looked),
-        swing=swing.reshape(n_bands, height, n_cells, CELL_PX).transpose(2, 0, 1, 3).reshape(n_cells, n_bands, -1),
-        clear_px=np.stack([_cells(clear[t]).sum(axis=1, dtype=np.int32) for t in dates], axis=1)
-        if dates
-        else np.zeros((n_cells, 0), np.int32),
+        swing=swing.reshape(n_bands, height, n_cells, CELL_PX)
+        .transpose(2, 0, 1, 3)
+        .reshape(n_cells, n_bands, -1),
+        clear=np.stack([_cells(clear[t]) for t in dates], axis=1),
     )
 
 
 def _time_share(day: np.float32, previous: Float32, following: Float32) -> Float32:
-    """Where ``day`` lies between the two looks, 0..1; the end that exists is repeated where the other is missing."""
+    """Where ``day`` lies between the two looks, 0..1; the end that exists is repeated where the other is
+    missing."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = (day - previous) / (following - previous)
+        share: Float32 = (day - previous) / (following - previous)
     share[~np.isfinite(previous)] = 1.0
     share[~np.isfinite(following) | (following == previous)] = 0.0
     return share
@@ -170,7 +184,8 @@ def _cells(field: Bool) -> Bool:
 
 
 def cell_grams(tile: Tile) -> Float32:
-    """Gram matrices ``(n, q, q)`` of a tile's rows over its fitted pixels; the row of ones makes the plain sums."""
+    """Gram matrices ``(n, q, q)`` of a tile's rows over its fitted pixels; the row of ones makes the plain
+    sums."""
     return np.matmul(tile.rows * tile.fitted[:, None, :], tile.rows.swapaxes(1, 2))
 
 
@@ -190,10 +205,11 @@ def fit_node(
 ) -> NodeFit:
     """Ridge regression of (anchor minus linear) on the features, in the window of one node.
 
-    The ridge pulls towards zero, that is towards plain linear interpolation, by ``ridge`` times the mean variance of the
-    features and by ``evidence_px`` pixels' worth of it: with few clear pixels the answer goes over into linear smoothly.
-    Cells whose error is large for the window (haze that the cloud detection missed) are weighted down by Huber's rule
-    and the fit is repeated; the error is that on held-out cells, each predicted from the other three quarters.
+    The ridge pulls towards zero, that is towards plain linear interpolation, by ``ridge`` times the mean
+    variance of the features and by ``evidence_px`` pixels' worth of it: with few clear pixels the answer
+    goes over into linear smoothly. Cells whose error is large for the window (haze that the cloud detection
+    missed) are weighted down by Huber's rule and the fit is repeated; the error is that on held-out cells,
+    each predicted from the other three quarters.
 
     Args:
         grams: ``(c, q, q)`` float32, the window's cells in lattice order.
@@ -218,7 +234,7 @@ def fit_node(
     kept = np.concatenate([used, np.arange(n_features, grams.shape[1])])
     coefficients = np.zeros((n_bands, n_features + 1), np.float32)
     if not (grams[:, n_features, n_features] * weights).sum() > 0:
-        return NodeFit(coefficients, 0.0, prior_variance)
+        return NodeFit(coefficients, 0.0, prior_variance, np.zeros((n_bands, n_dates), np.float32))
     sub = grams if len(kept) == grams.shape[1] else grams[:, kept[:, None], kept]
     pixels = sub[:, len(used), len(used)].astype(np.float64)
     cell_weights = weights
@@ -228,18 +244,36 @@ def fit_node(
         cell_weights = weights * _huber(_cell_errors(sub, pixels, solution, n_bands), pixels)
         total = _weighted(sub, cell_weights)
         solution = _solve(total, n_bands, ridge, evidence_px)
-    held_out, linear, held_px = np.zeros(n_bands), np.zeros(n_bands), 0.0
+    own, cross, inner, held_px = (
+        np.zeros(n_bands),
+        np.zeros(n_bands),
+        np.zeros(n_bands),
+        0.0,
+    )
     for fold in range(FOLDS):
         part = _weighted(sub, np.where(folds == fold, cell_weights, 0.0))
         if part[len(used), len(used)] > 0:
-            rest = _solve(total - part, n_bands, ridge, evidence_px)
-            held_out += _squared_error(part, rest, n_bands)
-            linear += np.diagonal(part)[-n_bands:]
+            terms = _error_terms(part, _solve(total - part, n_bands, ridge, evidence_px), n_bands)
+            own, cross, inner = own + terms[0], cross + terms[1], inner + terms[2]
             held_px += float(part[len(used), len(used)])
-    measured = np.minimum(held_out, linear) / held_px * float(UNIT_CODES) ** 2
     evidence = held_px / (held_px + evidence_px)
-    coefficients[:, np.append(used, n_features)] = solution * float(UNIT_CODES)
-    return NodeFit(coefficients, evidence, evidence * measured + (1.0 - evidence) * prior_variance)
+    # what held-out cells support, over all bands; generous, since a few cells measure it badly
+    agreed, spent = (
+        (cross / np.maximum(own, 1e-9)).sum(),
+        (inner / np.maximum(own, 1e-9)).sum(),
+    )
+    trust = float(np.clip(TRUST_GENEROSITY * agreed / max(spent, 1e-9), 0.0, 1.0))
+    measured = (
+        np.maximum(own - 2.0 * trust * cross + trust**2 * inner, 0.0) / held_px * float(UNIT_CODES) ** 2
+    )
+    coefficients[:, np.append(used, n_features)] = trust * solution * float(UNIT_CODES)
+    slopes = coefficients[:, :n_features].reshape(n_bands, n_dates + 1, n_bands)[:, :n_dates] / UNIT_CODES
+    return NodeFit(
+        coefficients,
+        evidence,
+        evidence * measured + (1.0 - evidence) * prior_variance,
+        (slopes**2 @ prior_variance).astype(np.float32),
+    )
 
 
 def _weighted(grams: Float32, weights: Float64) -> Float64:
@@ -265,18 +299,22 @@ def _solve(gram: Float64, n_bands: int, ridge: float, evidence_px: float) -> Flo
     return np.column_stack([slopes, constant])
 
 
-def _squared_error(gram: Float64, solution: Float64, n_bands: int) -> Float64:
-    """Sum of squared errors per band, (..., b), on the pixels behind Gram matrices (..., q, q)."""
+def _error_terms[F: (np.float32, np.float64)](
+    gram: NDArray[F], solution: NDArray[F], n_bands: int
+) -> tuple[NDArray[F], NDArray[F], NDArray[F]]:
+    """Sums of target squared, target x prediction and prediction squared, each (..., b), from Gram
+    matrices."""
     inputs = gram.shape[-1] - n_bands
     own = np.diagonal(gram, axis1=-2, axis2=-1)[..., inputs:]
     cross = (gram[..., inputs:, :inputs] * solution).sum(axis=-1)
     inner = ((solution @ gram[..., :inputs, :inputs]) * solution).sum(axis=-1)
-    return np.maximum(own - 2.0 * cross + inner, 0.0)
+    return own, cross, inner
 
 
 def _cell_errors(grams: Float32, pixels: Float64, solution: Float64, n_bands: int) -> Float64:
     """(c,) root mean square error of each cell over all bands, each band in units of the window's error."""
-    error = _squared_error(grams, solution.astype(np.float32), n_bands).astype(np.float64)
+    own, cross, inner = _error_terms(grams, solution.astype(np.float32), n_bands)
+    error = np.maximum(own - 2.0 * cross + inner, 0.0).astype(np.float64)
     error /= np.maximum(error.sum(axis=0), 1e-12)
     return np.sqrt(error.sum(axis=1) / np.maximum(pixels, 1.0))
 
@@ -286,4 +324,5 @@ def _huber(errors: Float64, pixels: Float64) -> Float64:
     order = np.argsort(errors, kind="stable")
     half = np.searchsorted(np.cumsum(pixels[order]), 0.5 * pixels.sum())
     scale = errors[order[min(int(half), len(order) - 1)]]
-    return np.minimum(1.0, HUBER_K * scale / np.maximum(errors, 1e-12))
+    weights: Float64 = np.minimum(1.0, HUBER_K * scale / np.maximum(errors, 1e-12))
+    return weights

@@ -1,7 +1,9 @@
-"""In: a folder of STAC items with one COG a band. Out: the series as arrays, and the cases of task A made from it.
+"""In: a folder of STAC items with one COG a band. Out: the series as arrays, and the cases of task A made
+from it.
 
-Task A (completing an acquisition): on a date that is clear, the bad area of another date is pasted with its real
-cloudy pixels; the holed date stays among the inputs and has to be completed; what is under the paste is the truth.
+Task A (completing an acquisition): on a date that is clear, the bad area of another date is pasted with its
+real cloudy pixels; the holed date stays among the inputs and has to be completed; what is under the paste
+is the truth.
 """
 
 import json
@@ -43,7 +45,9 @@ class Series:
 class Case:
     """One pasted hole: inputs as a method sees them, and where to score what it returns."""
 
-    codes: NDArray[np.uint16]  # (T, B, H, W) the looks of the window, with the paste's cloudy pixels in the target
+    codes: NDArray[
+        np.uint16
+    ]  # (T, B, H, W) the looks of the window, with the paste's cloudy pixels in the target
     clear: NDArray[np.bool_]  # (T, H, W)
     days: NDArray[np.int32]  # (T,)
     target: int  # index of the target date in these arrays
@@ -53,10 +57,13 @@ class Case:
 
 
 def read_series(folder: Path, bands: tuple[str, ...] = ("blue", "green", "red", "nir")) -> Series:
-    """Read a set such as ``flanders_31uds``: bands, ``clm`` and ``scl`` of all its Sentinel-2 items, by date."""
+    """Read a set such as ``flanders_31uds``: bands, ``clm`` and ``scl`` of all its Sentinel-2 items, by
+    date."""
     items = sorted((folder / "s2").glob("*/*.json"), key=_datetime)
     if not items:
-        raise FileNotFoundError(f"no items under {folder / 's2'}: point CLOUDGATE_DATA at the folder of the sets")
+        raise FileNotFoundError(
+            f"no items under {folder / 's2'}: point CLOUDGATE_DATA at the folder of the sets"
+        )
     with rasterio.open(items[0].parent / f"{bands[0]}.tif") as first:
         shape, resolution_m = first.shape, first.res[0]
     codes, clm, scl, days = [], [], [], []
@@ -93,8 +100,12 @@ def grow(bad: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
     """Grow True areas of (..., H, W) by a disc."""
     if radius_px <= 0:
         return bad
-    far = np.stack([ndimage.distance_transform_edt(~b) if b.any() else np.full(b.shape, np.inf)
-                    for b in bad.reshape(-1, *bad.shape[-2:])])
+    far = np.stack(
+        [
+            ndimage.distance_transform_edt(~b) if b.any() else np.full(b.shape, np.inf)
+            for b in bad.reshape(-1, *bad.shape[-2:])
+        ]
+    )
     return (far <= radius_px).reshape(bad.shape)
 
 
@@ -110,13 +121,15 @@ def targets(series: Series) -> list[int]:
 def cases(series: Series, variant: Variant = "base", *, pastes: int = 2, seed: int = 0) -> Iterator[Case]:
     """Task A: ``pastes`` cases per target.
 
-    The hole, its donor and its quarter turn are the same in all variants of one seed, so that they can be compared.
+    The hole, its donor and its quarter turn are the same in all variants of one seed, so that they can be
+    compared.
 
     Args:
         series: the place.
-        variant: ``base``: masks from ``clm``, no growth. ``inputs``: the hole is pasted on a random half of the other
-            looks too. ``growth``: all masks grown by 100 m. ``scl``: the other dates' masks (and the target's own)
-            are the plain reading of SCL; the pasted hole stays known.
+        variant: ``base``: masks from ``clm``, no growth. ``inputs``: the hole is pasted on a random half of
+        the other
+            looks too. ``growth``: all masks grown by 100 m. ``scl``: the other dates' masks (and the
+            target's own) are the plain reading of SCL; the pasted hole stays known.
         pastes: holes per target.
         seed: of donors, turns and halves.
     """
@@ -131,7 +144,12 @@ def cases(series: Series, variant: Variant = "base", *, pastes: int = 2, seed: i
 
 
 def _case(
-    series: Series, variant: Variant, target: int, donor: int, turns: int, half: NDArray[np.bool_]
+    series: Series,
+    variant: Variant,
+    target: int,
+    donor: int,
+    turns: int,
+    half: NDArray[np.bool_],
 ) -> Case:
     hole = np.rot90(series.bad[donor], turns)
     cloudy = np.rot90(series.codes[donor], turns, axes=(1, 2))
@@ -147,5 +165,12 @@ def _case(
         bad = grow(bad, 100.0 / series.resolution_m)
     # score only what is truth: the target's own few bad pixels are none
     scored = hole & ~series.bad[target]
-    return Case(codes, ~bad & (codes != 0).all(axis=1), series.days[used], at, series.codes[target], scored,
-                int(series.days[target]))
+    return Case(
+        codes,
+        ~bad & (codes != 0).all(axis=1),
+        series.days[used],
+        at,
+        series.codes[target],
+        scored,
+        int(series.days[target]),
+    )

@@ -1,0 +1,145 @@
+"""In: where an array with gaps lies. Out: the lattice of cells and nodes there, and which of them have work
+to do.
+
+The lowest part of :mod:`pipeline.regression`: its options, the lattice fixed to the global pixel index, and
+the constant weights that belong to it. A cell is a square of pixels; nodes stand on corners of cells; a
+node is fitted on the window of cells around it, and a pixel blends the four nodes around it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pipeline.errors import ConfigError
+
+CELL_PX = 32  # side of a cell: pixels share one Gram matrix
+STRIDE_CELLS = 2  # nodes stand on every second corner of the cells
+REACH_CELLS = 4  # a node is fitted on the cells within this many cells of it, in each of the four directions
+GRID_PX = 4  # residuals are smoothed on a grid of this step: the Gaussian is far wider
+GRID_REACH = 6  # steps to either side
+HALO_PX = CELL_PX * (1 + STRIDE_CELLS + REACH_CELLS)  # residual's reach, way to a node, half its window
+MOST_CANDIDATES = 32  # dates that get features at all
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RegressionOptions:
+    """How the regression is done; the defaults are what the benchmark was measured with."""
+
+    dates: int = 14
+    """Most dates used as features in a window: the nearest ones that are clear enough."""
+    least_clear_share: float = 0.3
+    """A date serves in a window when it is clear on more than this share (0-1) of it."""
+    ridge: float = 0.003
+    """Ridge, relative to the mean variance of the features; it pulls towards linear interpolation."""
+    evidence_px: float = 30.0
+    """Clear pixels of the anchor (weighted by the window's taper) at which data and linear weigh the same."""
+    residual_sigma_px: float = 10.0
+    """Sigma of the Gaussian that carries the clear pixels' residual into the gap, in pixels; 0 = none."""
+    margin_codes: float = 500.0
+    """A filled value may leave the range of the looks at its pixel by this (500 = 0.05 reflectance) ..."""
+    margin_share: float = 0.5
+    """... plus this share of that range."""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "dates": (1, MOST_CANDIDATES),
+            "least_clear_share": (0.0, 1.0),
+            "ridge": (1e-6, 1e3),
+            "evidence_px": (0.0, 1e6),
+            "residual_sigma_px": (0.0, 4.0 * GRID_PX),
+            "margin_codes": (0.0, 65535.0),
+            "margin_share": (0.0, 100.0),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"regression option {name} = {value}: must lie between {low} and {high}")
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Where the array lies on the lattice of cells, and which cells and nodes have work to do."""
+
+    top: int  # rows of padding before the array
+    left: int
+    first: tuple[int, int]  # global index of the first cell (y, x)
+    shape: tuple[int, int]  # cells (y, x)
+    predicted: Bool  # cells that hold gaps, and their neighbours (whose residuals are carried into the gaps)
+    nodes: list[tuple[int, int]]  # global node indices
+    needed: Bool  # cells in the window of some node
+
+
+def plan(gap: Bool, row0: int, col0: int) -> Lattice:
+    """The lattice under ``gap`` (H, W), True = to be filled, whose pixel [0, 0] is global (row0, col0)."""
+    first = (row0 // CELL_PX, col0 // CELL_PX)
+    top, left = row0 - first[0] * CELL_PX, col0 - first[1] * CELL_PX
+    shape = (-(-(top + gap.shape[0]) // CELL_PX), -(-(left + gap.shape[1]) // CELL_PX))
+    padded = np.zeros((shape[0] * CELL_PX, shape[1] * CELL_PX), bool)
+    padded[top : top + gap.shape[0], left : left + gap.shape[1]] = gap
+    holds_gap = padded.reshape(shape[0], CELL_PX, shape[1], CELL_PX).any(axis=(1, 3))
+    predicted = ndimage.binary_dilation(holds_gap, np.ones((3, 3), bool))
+    nodes: set[tuple[int, int]] = set()
+    for y, x in np.argwhere(predicted):
+        j, i = (y + first[0]) // STRIDE_CELLS, (x + first[1]) // STRIDE_CELLS
+        nodes |= {(j, i), (j, i + 1), (j + 1, i), (j + 1, i + 1)}
+    needed = predicted.copy()
+    for j, i in nodes:
+        y, x = j * STRIDE_CELLS - first[0], i * STRIDE_CELLS - first[1]
+        needed[
+            max(y - REACH_CELLS, 0) : max(y + REACH_CELLS, 0),
+            max(x - REACH_CELLS, 0) : max(x + REACH_CELLS, 0),
+        ] = True
+    return Lattice(top, left, first, shape, predicted, sorted(nodes), needed)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Where a piece meets an array, along one axis."""
+
+    outer: slice  # in the array
+    inner: slice  # in the piece
+
+
+def overlap(start: int, length: int, size: int) -> Overlap:
+    """Where a piece of ``length`` at ``start`` meets an axis of ``size``."""
+    low, high = max(start, 0), min(start + length, size)
+    return Overlap(slice(low, high), slice(low - start, high - start))
+
+
+def _taper() -> Float64:
+    """(cells of a window,) raised cosine by the distance of the cell's centre from the node."""
+    offset = np.arange(-REACH_CELLS, REACH_CELLS) + 0.5
+    profile = 0.5 + 0.5 * np.cos(np.pi * offset / (REACH_CELLS + 0.5))
+    return np.outer(profile, profile).ravel()
+
+
+def _blend_shares() -> Float32:
+    """(STRIDE, STRIDE, 4, P) bilinear shares of the four nodes around each pixel of a cell, by the cell's
+    place."""
+    side = STRIDE_CELLS * CELL_PX
+    far = (np.arange(side) + 0.5) / side
+    shares = np.empty((STRIDE_CELLS, STRIDE_CELLS, 4, CELL_PX, CELL_PX), np.float32)
+    for j in range(STRIDE_CELLS):
+        for i in range(STRIDE_CELLS):
+            v = far[j * CELL_PX : (j + 1) * CELL_PX, None]
+            u = far[None, i * CELL_PX : (i + 1) * CELL_PX]
+            shares[j, i] = np.stack([(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u])
+    return shares.reshape(STRIDE_CELLS, STRIDE_CELLS, 4, -1)
+
+
+def _upsampling() -> Float32:
+    """(CELL_PX, CELL_PX / GRID_PX + 2) bilinear weights from the residual grid to a cell's pixels."""
+    steps = CELL_PX // GRID_PX + 2
+    position = (np.arange(CELL_PX) + 0.5) / GRID_PX + 0.5
+    return np.maximum(1.0 - np.abs(position[:, None] - np.arange(steps)[None]), 0.0).astype(np.float32)
+
+
+TAPER = _taper()
+BLEND = _blend_shares()
+UPSAMPLE = _upsampling()

@@ -1,0 +1,274 @@
+"""In: looks around an acquisition and its gaps. Out: the gaps filled, for a group of bands.
+
+The middle of :mod:`pipeline.regression`: which cells and nodes of the lattice have work to do
+(:func:`plan`), then the cells are read once, the nodes fitted, their predictions blended bilinearly and the
+residual of the clear pixels carried into the gaps (:class:`Group`). The numbers behind a node are in
+:mod:`pipeline.regression_fit`.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.regression_fit import (
+    CENTRE_CODE,
+    UNIT_CODES,
+    NodeFit,
+    Tile,
+    candidate_dates,
+    cell_grams,
+    fit_node,
+    tile_features,
+)
+from pipeline.regression_lattice import (
+    BLEND,
+    CELL_PX,
+    GRID_PX,
+    GRID_REACH,
+    MOST_CANDIDATES,
+    REACH_CELLS,
+    STRIDE_CELLS,
+    TAPER,
+    UPSAMPLE,
+    Lattice,
+    RegressionOptions,
+    overlap,
+)
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+UInt16 = NDArray[np.uint16]
+Int32 = NDArray[np.int32]
+
+RUN_CELLS = 16  # cells of a row worked on at a time: the working set stays in the cache
+RESIDUAL_FLOOR = 0.01  # below this share of clear ground within reach a residual fades out
+
+
+class Group:
+    """A group of bands being filled: cells first, then nodes, then the predictions."""
+
+    def __init__(
+        self,
+        codes: UInt16,
+        clear: Bool,
+        days: Int32,
+        anchor: int,
+        lattice: Lattice,
+        options: RegressionOptions,
+    ) -> None:
+        self.codes, self.clear, self.days, self.anchor = codes, clear, days, anchor
+        self.lattice, self.options = lattice, options
+        self.n_bands = codes.shape[1]
+        self.dates = candidate_dates(days, anchor, MOST_CANDIDATES)
+        self.n_features = (len(self.dates) + 1) * self.n_bands
+        self._read_cells()
+        self.fits = {node: self._fit(node) for node in lattice.nodes}
+
+    def _tiles(self) -> Iterator[tuple[int, int, int, Tile]]:
+        """Runs of needed cells: (cell row, first column, end column, features)."""
+        lat = self.lattice
+        height, width = self.clear.shape[1:]
+        for y in range(lat.shape[0]):
+            columns = np.flatnonzero(lat.needed[y])
+            if not len(columns):
+                continue
+            for x in range(int(columns[0]), int(columns[-1]) + 1, RUN_CELLS):
+                end = min(x + RUN_CELLS, int(columns[-1]) + 1)
+                rows = overlap(y * CELL_PX - lat.top, CELL_PX, height)
+                cols = overlap(x * CELL_PX - lat.left, (end - x) * CELL_PX, width)
+                if rows.inner == slice(0, CELL_PX) and cols.inner == slice(0, (end - x) * CELL_PX):
+                    codes = self.codes[:, :, rows.outer, cols.outer]
+                    clear = self.clear[:, rows.outer, cols.outer]
+                else:  # the data end inside a cell: what is missing is not clear
+                    codes = np.zeros((*self.codes.shape[:2], CELL_PX, (end - x) * CELL_PX), np.uint16)
+                    clear = np.zeros((len(self.days), CELL_PX, (end - x) * CELL_PX), bool)
+                    codes[:, :, rows.inner, cols.inner] = self.codes[:, :, rows.outer, cols.outer]
+                    clear[:, rows.inner, cols.inner] = self.clear[:, rows.outer, cols.outer]
+                yield (
+                    y,
+                    x,
+                    end,
+                    tile_features(codes, clear, self.days, self.anchor, self.dates),
+                )
+
+    def _read_cells(self) -> None:
+        """Gram matrices of the needed cells, and the features of those to predict."""
+        lat, n_rows = self.lattice, self.n_features + 1 + self.n_bands
+        # entry 0 is the cell that shows nothing: windows are full everywhere, so all sums have one shape
+        self.index = np.where(lat.needed, np.cumsum(lat.needed).reshape(lat.shape), 0)
+        n_cells = int(lat.needed.sum()) + 1
+        self.grams = np.zeros((n_cells, n_rows, n_rows), np.float32)
+        self.clear_px = np.zeros((n_cells, len(self.dates)), np.int32)
+        self.looked_px = np.zeros(n_cells, np.int32)
+        self.swing = np.zeros(
+            (n_cells, self.n_bands + 1)
+        )  # sum of squares per band, then the number of pixels
+        self.at = {(int(y), int(x)): i for i, (y, x) in enumerate(np.argwhere(lat.predicted))}
+        pixels = CELL_PX * CELL_PX
+        self.rows = np.empty((len(self.at), n_rows, pixels), np.float32)
+        self.fitted = np.empty((len(self.at), pixels), np.float32)
+        self.looked = np.empty((len(self.at), pixels), bool)
+        self.imputed = np.empty((len(self.at), len(self.dates), pixels), bool)
+        for y, x, end, tile in self._tiles():
+            cells = self.index[y, x:end]
+            mine = cells > 0
+            cells = cells[mine]
+            self.grams[cells] = cell_grams(tile)[mine]
+            self.clear_px[cells] = tile.clear.sum(axis=2, dtype=np.int32)[mine]
+            self.looked_px[cells] = tile.looked.sum(axis=1, dtype=np.int32)[mine]
+            both = np.isfinite(tile.swing[:, 0])
+            squares = np.where(both[:, None], tile.swing, 0.0).astype(np.float64) ** 2
+            self.swing[cells, :-1] = squares.sum(axis=2)[mine]
+            self.swing[cells, -1] = both.sum(axis=1)[mine]
+            for k in range(end - x):
+                at = self.at.get((y, x + k))
+                if at is not None:
+                    self.rows[at], self.fitted[at], self.looked[at] = (
+                        tile.rows[k],
+                        tile.fitted[k],
+                        tile.looked[k],
+                    )
+                    np.logical_not(tile.clear[k], out=self.imputed[at])
+
+    def _fit(self, node: tuple[int, int]) -> NodeFit:
+        lat = self.lattice
+        ys = node[0] * STRIDE_CELLS - lat.first[0] + np.arange(-REACH_CELLS, REACH_CELLS)
+        xs = node[1] * STRIDE_CELLS - lat.first[1] + np.arange(-REACH_CELLS, REACH_CELLS)
+        cells = np.zeros((len(ys), len(xs)), np.int64)
+        rows, cols = (ys >= 0) & (ys < lat.shape[0]), (xs >= 0) & (xs < lat.shape[1])
+        cells[np.ix_(rows, cols)] = self.index[np.ix_(ys[rows], xs[cols])]
+        window = cells.ravel()
+        looked = max(int(self.looked_px[window].sum()), 1)
+        swing = (self.swing[window] * TAPER[:, None]).sum(axis=0)
+        prior = 0.5 * swing[:-1] / swing[-1] + 50.0**2 if swing[-1] > 0 else np.full(self.n_bands, 300.0**2)
+        away = np.abs(self.days[self.dates] - self.days[self.anchor])
+        return fit_node(
+            self.grams[window],
+            TAPER,
+            ((ys + lat.first[0]) % 2 * 2)[:, None].repeat(len(xs), axis=1).ravel()
+            + ((xs + lat.first[1]) % 2)[None].repeat(len(ys), axis=0).ravel(),
+            self.clear_px[window].sum(axis=0) / looked,
+            prior,
+            np.argsort(away, kind="stable").tolist(),
+            n_bands=self.n_bands,
+            most_dates=self.options.dates,
+            least_share=self.options.least_clear_share,
+            ridge=self.options.ridge,
+            evidence_px=self.options.evidence_px,
+        )
+
+    def _corners(self, y: int, x: int) -> list[NodeFit]:
+        j, i = (
+            (y + self.lattice.first[0]) // STRIDE_CELLS,
+            (x + self.lattice.first[1]) // STRIDE_CELLS,
+        )
+        return [self.fits[n] for n in ((j, i), (j, i + 1), (j + 1, i), (j + 1, i + 1))]
+
+    def _predict(self) -> tuple[Float32, Float32, Float32]:
+        """What is to be added to linear (n, b, P) in codes, the evidence (n, P) and the variance (n, b,
+        P)."""
+        n, b, pixels = len(self.at), self.n_bands, CELL_PX * CELL_PX
+        added = np.empty((n, b, pixels), np.float32)
+        evidence = np.empty((n, pixels), np.float32)
+        variance = np.empty((n, b, pixels), np.float32)
+        for (y, x), k in self.at.items():
+            corners = self._corners(y, x)
+            share = BLEND[
+                (y + self.lattice.first[0]) % STRIDE_CELLS,
+                (x + self.lattice.first[1]) % STRIDE_CELLS,
+            ]
+            spoken = np.concatenate([c.coefficients for c in corners]) @ self.rows[k, : self.n_features + 1]
+            added[k] = _blend(spoken.reshape(4, b, pixels), share)
+            known = np.array([[c.evidence, *c.variance] for c in corners], np.float32)[:, :, None]
+            blended = _blend(known, share)
+            closed = np.concatenate([c.closed_variance for c in corners]) @ self.imputed[k].astype(np.float32)
+            evidence[k], variance[k] = (
+                blended[0],
+                blended[1:] + _blend(closed.reshape(4, b, pixels), share),
+            )
+        return added, evidence, variance
+
+    def _residual(self, added: Float32) -> Float32:
+        """(n, b, P) what the fit leaves over on clear pixels, carried into the gaps by a normalised
+        Gaussian."""
+        lat, per = self.lattice, CELL_PX // GRID_PX
+        left_over = (self.rows[:, self.n_features + 1 :] * UNIT_CODES - added) * self.fitted[:, None]
+        both = np.concatenate([left_over, self.fitted[:, None]], axis=1)
+        sums = both.reshape(len(both), -1, per, GRID_PX, per, GRID_PX).sum(axis=(3, 5))
+        grid = np.zeros((self.n_bands + 1, lat.shape[0] + 2, per, lat.shape[1] + 2, per), np.float32)
+        cells = np.array(list(self.at), np.int64).reshape(-1, 2)
+        grid[:, cells[:, 0] + 1, :, cells[:, 1] + 1] = sums.transpose(0, 1, 2, 3)
+        flat = grid.reshape(self.n_bands + 1, (lat.shape[0] + 2) * per, -1)
+        smooth = _gaussian(
+            _gaussian(flat, 1, self.options.residual_sigma_px),
+            2,
+            self.options.residual_sigma_px,
+        )
+        carried = smooth[:-1] / (smooth[-1] + np.float32(GRID_PX * GRID_PX * RESIDUAL_FLOOR))
+        result = np.empty_like(added)
+        for (y, x), k in self.at.items():
+            near = carried[
+                :,
+                (y + 1) * per - 1 : (y + 2) * per + 1,
+                (x + 1) * per - 1 : (x + 2) * per + 1,
+            ]
+            result[k] = (UPSAMPLE @ near @ UPSAMPLE.T).reshape(self.n_bands, -1)
+        return result
+
+    def write(self, out: UInt16, sigma: Float32, model: Bool, gap: Bool, growth: Float32) -> None:
+        """Fill the gaps of ``out``, ``sigma`` and ``model`` in place."""
+        added, evidence, variance = self._predict()
+        if self.options.residual_sigma_px > 0:
+            added += self._residual(added)
+        lat, n_dates = self.lattice, len(self.dates)
+        linear = self.rows[:, self.n_features - self.n_bands : self.n_features]
+        for (y, x), k in self.at.items():
+            rows = overlap(y * CELL_PX - lat.top, CELL_PX, gap.shape[0])
+            cols = overlap(x * CELL_PX - lat.left, CELL_PX, gap.shape[1])
+            here = (
+                gap[rows.outer, cols.outer] & self.looked[k].reshape(CELL_PX, CELL_PX)[rows.inner, cols.inner]
+            )
+            if not here.any():
+                continue
+            looks = self.rows[k, : n_dates * self.n_bands].reshape(n_dates, self.n_bands, -1)
+            low, high = looks.min(axis=0), looks.max(axis=0)
+            margin = (high - low) * np.float32(self.options.margin_share) + np.float32(
+                self.options.margin_codes / 1e3
+            )
+            value = (
+                np.clip(linear[k] + added[k] / UNIT_CODES, low - margin, high + margin) * UNIT_CODES
+                + CENTRE_CODE
+            )
+            codes = np.clip(np.rint(value), 1, 65534).astype(np.uint16)
+            inner = (slice(None), rows.inner, cols.inner)
+            outer = (slice(None), rows.outer, cols.outer)
+            out[outer] = np.where(here, codes.reshape(-1, CELL_PX, CELL_PX)[inner], out[outer])
+            spread = (
+                np.sqrt(variance[k]).reshape(-1, CELL_PX, CELL_PX)[inner] * growth[rows.outer, cols.outer]
+            )
+            sigma[outer] = np.where(here, spread, sigma[outer])
+            spoke = (evidence[k] > 0.5).reshape(CELL_PX, CELL_PX)[rows.inner, cols.inner]
+            model[rows.outer, cols.outer] |= here & spoke
+
+
+def _blend(corners: Float32, share: Float32) -> Float32:
+    """Bilinear mean of (4, b, 1 or P) with the shares (4, P), summed in a fixed order."""
+    mixed: Float32 = corners[0] * share[0]
+    for k in range(1, 4):
+        mixed = mixed + corners[k] * share[k]
+    return mixed
+
+
+def _gaussian(grid: Float32, axis: int, sigma_px: float) -> Float32:
+    """Truncated Gaussian along one axis of the residual grid; plain sums, the same at every position."""
+    taps = np.exp(-0.5 * (np.arange(-GRID_REACH, GRID_REACH + 1) * GRID_PX / sigma_px) ** 2)
+    taps = (taps / taps.sum()).astype(np.float32)
+    pad = [(0, 0)] * grid.ndim
+    pad[axis] = (GRID_REACH, GRID_REACH)
+    padded = np.pad(grid, pad)
+    smooth = np.zeros_like(grid)
+    for k, tap in enumerate(taps):
+        smooth += tap * np.take(padded, range(k, k + grid.shape[axis]), axis=axis)
+    return smooth
