@@ -15,7 +15,7 @@ doi:10.3390/rs5126481; geometric median: Roberts 2017, doi:10.1109/TGRS.2017.272
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Final
@@ -24,15 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError
-from pipeline.sorting import selection_network, sort_rows
-
-type Codes = NDArray[np.uint16]
-type Words = NDArray[np.uint16]
-
-# About half of a 1 MB second-level cache, for the scratch of one strip.
-STRIP_BYTES: Final = 640 * 1024
-STRIP_MIN_PX: Final = 4096
-STRIP_MAX_PX: Final = 16384
+from pipeline.sorting import Codes, Words, filled_quantile, quantile_fillers, strip_px, strips
 
 DECAY_TAU_DAYS: Final = 15.0
 
@@ -167,7 +159,7 @@ def clear_count(clear: NDArray[np.bool_]) -> NDArray[np.uint16]:
 
 def complete_looks(*, codes: Codes, clear: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """``clear`` without the looks that lack a band: bool (T, H, W); what every method here counts."""
-    return np.logical_and(clear, np.minimum.reduce(codes, axis=1) != 0)
+    return np.asarray(clear & (np.minimum.reduce(codes, axis=1) != 0))
 
 
 def _compose(
@@ -179,10 +171,10 @@ def _compose(
     keys, day_of_key = _nearness(days, target)
     out = np.empty((bands, height, width), np.uint16)
     dates = np.empty((height, width), np.int32)
-    px = _strip_px(looks, bands)
+    px = strip_px(4 * looks + 2 * bands)
     usable, rows = np.empty((looks, px), np.uint16), np.empty((looks, px), np.uint16)
     spare, near, flat = (np.empty(px, np.uint16), np.empty(px, np.uint16), np.empty((bands, px), np.uint16))
-    for ys, xs in _strips(height, width, px):
+    for ys, xs in strips(height, width, px):
         values = codes[:, :, ys, xs]
         n = values.shape[2] * values.shape[3]
         strip = _Strip(
@@ -226,21 +218,6 @@ def _nearness(days: NDArray[np.int32], target: int) -> tuple[tuple[int, ...], ND
     return tuple(int(k) for k in keys), day_of_key
 
 
-def _strip_px(looks: int, bands: int) -> int:
-    """Pixels of a strip: masks and one band's looks fit the second cache, yet calls stay worth it."""
-    return min(STRIP_MAX_PX, max(STRIP_MIN_PX, STRIP_BYTES // (4 * looks + 2 * bands)))
-
-
-def _strips(height: int, width: int, px: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a block into row groups (and rows into pieces where one alone is too long)."""
-    if not width:
-        return
-    tall, wide = max(1, px // width), min(width, px)
-    for y in range(0, height, tall):
-        for x in range(0, width, wide):
-            yield slice(y, min(y + tall, height)), slice(x, min(x + wide, width))
-
-
 def _fill_usable(strip: _Strip, clear: NDArray[np.bool_]) -> None:
     """Fill ``usable`` (clear and complete) and ``near`` of a strip."""
     words, whole = strip.usable.reshape(clear.shape), strip.rows.reshape(clear.shape)
@@ -262,52 +239,12 @@ def _chosen_words(shown: Words, key: int, out: Words) -> Words:
     return np.negative(out, out=out)
 
 
-def _sides(strip: _Strip, parts: int) -> tuple[Words, Words]:
-    """Fillers (T, n) for missing looks that keep the quantile 1/parts at one fixed rank for every pixel.
-
-    The quantile of m clear among T looks lies at rank (m - 1) // parts of the clear ones. Filling a
-    missing look with the lowest value whenever the looks left number a multiple of ``parts``, and with
-    the highest otherwise, puts exactly as many low fillers below as to keep it at (T - 1) // parts.
-
-    Returns:
-        The fillers, and (n,) the number m of clear looks modulo ``parts`` (a power of two).
-    """
-    fill = np.invert(strip.usable)
-    left = np.full(strip.near.shape, len(strip.days), np.uint16)
-    for missing in fill:
-        np.add(left, missing, out=left)  # 65535 is -1
-        np.bitwise_and(left, np.uint16(parts - 1), out=strip.spare)
-        np.minimum(strip.spare, np.uint16(1), out=strip.spare)
-        np.negative(strip.spare, out=strip.spare)
-        np.bitwise_and(missing, strip.spare, out=missing)
-    return fill, left & np.uint16(parts - 1)
-
-
 def _quantile(strip: _Strip, out: Codes, *, parts: int) -> None:
     """Masked quantile 1/parts (2: median, 4: first quartile), linear between ranks, half up."""
-    looks = len(strip.days)
-    low = (looks - 1) // parts
-    high = min(low + 1, looks - 1)
-    network = selection_network(looks, (low, high) if high > low else (low,))
-    fill, count = _sides(strip, parts)
-    share = (count + np.uint16(parts - 1)) & np.uint16(parts - 1)  # (m - 1) mod parts
-    share_words = np.negative(share)
+    fill, share = quantile_fillers(strip.usable, parts)
     for band in range(strip.bands):
-        rows = list(np.bitwise_or(strip.masked(band), fill, out=strip.rows))
-        sort_rows(rows, network, strip.spare)
-        a, b = rows[low], rows[high]
-        step = np.subtract(b, a)
-        if parts == 2:
-            np.bitwise_and(step, share_words, out=step)
-            np.add(step, np.uint16(1), out=step)
-            np.right_shift(step, np.uint16(1), out=step)
-        else:
-            wide = np.multiply(step, share, dtype=np.uint32)
-            np.copyto(step, (wide + np.uint32(parts // 2)) // np.uint32(parts), casting="unsafe")
-        np.add(a, step, out=step)
-        # With no clear look the rank holds a low filler, 0, and the sum above is meaningless.
-        np.minimum(a, np.uint16(1), out=a)
-        np.bitwise_and(step, np.negative(a, out=a), out=out[band])
+        filled = np.bitwise_or(strip.masked(band), fill, out=strip.rows)
+        filled_quantile(filled, share, parts=parts, spare=strip.spare, out=out[band])
 
 
 def _mean(strip: _Strip, out: Codes) -> None:

@@ -1,6 +1,8 @@
 """Order statistics over time by a comparator network: uint16 rows in, the wanted sorted rows out.
 
-In: the T looks of a strip of pixels as T rows of uint16. Out: some rows of the sorted stack.
+In: the T looks of a strip of pixels as T rows of uint16. Out: some rows of the sorted stack, or a
+quantile of the looks that count. A strip is a piece of a block small enough for all its looks to stay
+in the processor's second-level cache (:func:`strips`).
 
 A comparator network does the same steps whatever the data, so one step is one ``np.minimum`` and one
 ``np.maximum`` over a whole strip, and numpy's SIMD loops do some ten comparisons per nanosecond where
@@ -9,18 +11,26 @@ are kept. The network is Batcher's odd-even merge sort (Batcher 1968, doi:10.114
 any length: Knuth, TAOCP vol. 3, 5.2.2, algorithm M).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+type Codes = NDArray[np.uint16]
+type Words = NDArray[np.uint16]  # all ones = yes, 0 = no: masking is a bitwise and
 type Rows = list[NDArray[np.uint16]]
 
 BOTH: Final = 0
 LOW_ONLY: Final = 1
 HIGH_ONLY: Final = 2
+
+# Scratch of one strip: somewhat over half of a 1 MB second-level cache. Below 4096 px numpy's cost per
+# call shows, above 16384 px nothing is gained any more (tests/benchmarks/kernels.py).
+STRIP_BYTES: Final = 640 * 1024
+STRIP_MIN_PX: Final = 4096
+STRIP_MAX_PX: Final = 16384
 
 
 def batcher_pairs(n: int) -> list[tuple[int, int]]:
@@ -82,3 +92,75 @@ def sort_rows(rows: Rows, network: Sequence[tuple[int, int, int]], spare: NDArra
             minimum(a, b, out=a)
         else:
             maximum(a, b, out=b)
+
+
+def quantile_fillers(usable: Words, parts: int) -> tuple[Words, Words]:
+    """Fillers for missing looks that keep the quantile 1/parts at one fixed rank for every pixel.
+
+    The quantile of m looks lies at rank (m - 1) // parts of theirs. A missing look is filled with the
+    lowest value where the looks left number a multiple of ``parts``, and with the highest elsewhere:
+    just as many low fillers as keep the quantile at rank (T - 1) // parts of all T rows.
+
+    Args:
+        usable: (T, n) words, all ones where the look counts.
+        parts: A power of two; 2 for the median, 4 for the first quartile.
+
+    Returns:
+        The fillers (T, n), 0 where the look counts; and (n,) how far the quantile lies from its rank to
+        the next, in units of 1/parts.
+    """
+    fill = np.invert(usable)
+    left = np.full(usable.shape[1:], len(usable), np.uint16)
+    spare = np.empty_like(left)
+    for missing in fill:
+        np.add(left, missing, out=left)  # 65535 is -1
+        np.bitwise_and(left, np.uint16(parts - 1), out=spare)
+        np.minimum(spare, np.uint16(1), out=spare)
+        np.negative(spare, out=spare)
+        np.bitwise_and(missing, spare, out=missing)
+    np.add(left, np.uint16(parts - 1), out=left)
+    return fill, np.bitwise_and(left, np.uint16(parts - 1), out=left)
+
+
+def filled_quantile(filled: Codes, share: Words, *, parts: int, spare: Codes, out: Codes) -> None:
+    """Quantile 1/parts along axis 0 of looks with fillers in their gaps, linear between ranks, half up.
+
+    Args:
+        filled: (T, n) values 1..65534 where a look counts, else :func:`quantile_fillers`; overwritten.
+        share: (n,) from :func:`quantile_fillers`.
+        parts: As given there.
+        spare: (n,) scratch.
+        out: (n,) takes the result; 0 where no look counts.
+    """
+    low = (len(filled) - 1) // parts
+    high = min(low + 1, len(filled) - 1)
+    rows = list(filled)
+    sort_rows(rows, selection_network(len(filled), (low, high) if high > low else (low,)), spare)
+    a = rows[low]
+    np.subtract(rows[high], a, out=out)
+    if parts == 2:
+        np.bitwise_and(out, np.negative(share), out=out)
+        np.add(out, np.uint16(1), out=out)
+        np.right_shift(out, np.uint16(1), out=out)
+    else:
+        wide = np.multiply(out, share, dtype=np.uint32)
+        np.copyto(out, (wide + np.uint32(parts // 2)) // np.uint32(parts), casting="unsafe")
+    np.add(out, a, out=out)
+    # With no look at all the rank holds a low filler, 0, and the sum above is meaningless.
+    np.minimum(a, np.uint16(1), out=a)
+    np.bitwise_and(out, np.negative(a, out=a), out=out)
+
+
+def strip_px(bytes_per_px: int) -> int:
+    """Pixels of a strip whose scratch takes ``bytes_per_px``."""
+    return min(STRIP_MAX_PX, max(STRIP_MIN_PX, STRIP_BYTES // bytes_per_px))
+
+
+def strips(height: int, width: int, px: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a block into groups of rows of about ``px`` pixels (rows into pieces where one is longer)."""
+    if not width:
+        return
+    tall, wide = max(1, px // width), min(width, px)
+    for y in range(0, height, tall):
+        for x in range(0, width, wide):
+            yield slice(y, min(y + tall, height)), slice(x, min(x + wide, width))

@@ -155,7 +155,7 @@ def test_strips_of_any_size_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) 
     block = scene(looks=9, bands=3, share_clear=0.5, seed=6, low=1000, high=9000)
     whole = {name: method(**block) for name, method in METHODS.items()}
     for px in (1, 7, 40):  # below, and not a multiple of, the 17 px of a row
-        monkeypatch.setattr(composite, "_strip_px", lambda looks, bands, px=px: px)
+        monkeypatch.setattr(composite, "strip_px", lambda bytes_per_px, px=px: px)
         for name, method in METHODS.items():
             assert np.array_equal(method(**block).codes, whole[name].codes), (name, px)
 
