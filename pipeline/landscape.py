@@ -59,9 +59,7 @@ class Ground:
         bend = power_noise(shape, beta=3.4, rng=rng, outer_px=120)
         self.water, river_m = _waters(params, x, y, bend, rng)
         valley = 1 - np.exp(-river_m / np.float32(900))
-        self.above_river_m = ((hills + 2.2).clip(0.05) * np.float32(params.relief_m / 3) * valley).astype(
-            np.float32
-        )
+        self.above_river_m = ((hills + 2.2).clip(0.05) * np.float32(params.relief_m / 3) * valley).astype(np.float32)
         self.elevation_m = (self.above_river_m + np.float32(140) - y * np.float32(4e-4)).astype(np.float32)
         self.index, self.road, self.road_cover = self._cover(x, y, hills, bend, river_m, seed, rng)
         crop = power_noise(shape, beta=2.4, rng=rng, outer_px=40)
@@ -79,9 +77,7 @@ class Ground:
         params, parcels = self.params, self.parcels
         warp = np.float32(110)
         districts = voronoi(x + warp * bend, y - warp * bend, spacing_m=params.district_m, seed=seed)
-        hashed, edge_m, _ = strips(
-            x, y, districts.id, width_m=params.parcel_width_m, length_m=params.parcel_length_m
-        )
+        hashed, edge_m, _ = strips(x, y, districts.id, width_m=params.parcel_width_m, length_m=params.parcel_length_m)
         index = rows_of(parcels, "fields", hashed)
         # a grass strip or hedge lies along two of five field edges
         hedge = (edge_m < 5) & ((hashed % np.uint32(5)) < 2)
@@ -95,9 +91,7 @@ class Ground:
             index[forest] = rows_of(parcels, "broadleaf forest", stand[forest])
             index[conifer] = rows_of(parcels, "conifer forest", stand[conifer])
         _villages(params, parcels, index, x, y, bend, rng)
-        index[self.water] = rows_of(
-            parcels, "water", districts.id[self.water].astype(np.uint32) // np.uint32(7)
-        )
+        index[self.water] = rows_of(parcels, "water", districts.id[self.water].astype(np.uint32) // np.uint32(7))
         cover = np.clip((9.0 / 2 - districts.border_m) / PIXEL_M + 0.5, 0, 0.8).astype(np.float32)
         motorway = np.abs(y - (0.35 * x + 0.16 * params.height_px * PIXEL_M + 260 * np.sin(x / 2600)))
         cover = np.maximum(cover, np.clip((28.0 / 2 - motorway) / PIXEL_M + 0.5, 0, 0.95))
@@ -189,9 +183,9 @@ class Ground:
 
 def half(values: F32) -> F32:
     """Means of 2 x 2 pixels: (H, W) to (H/2, W/2) float32."""
-    return (
-        (values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]) * np.float32(0.25)
-    ).astype(np.float32)
+    return ((values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]) * np.float32(0.25)).astype(
+        np.float32
+    )
 
 
 def psf(shift_px: float) -> NDArray[np.float64]:
@@ -200,9 +194,7 @@ def psf(shift_px: float) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum())
 
 
-def _waters(
-    params: SceneParams, x: F32, y: F32, bend: F32, rng: np.random.Generator
-) -> tuple[NDArray[np.bool_], F32]:
+def _waters(params: SceneParams, x: F32, y: F32, bend: F32, rng: np.random.Generator) -> tuple[NDArray[np.bool_], F32]:
     """Permanent water (river and lake), and the distance (m) to the river's bank."""
     height, width = params.height_px * PIXEL_M, params.width_px * PIXEL_M
     phase, middle = rng.uniform(0, 2 * np.pi, 3), rng.uniform(0.55, 0.75) * width
@@ -235,9 +227,7 @@ def _villages(
     for _ in range(round(params.villages_per_km2 * height * width / 1e6)):
         cy, cx, turn = (rng.uniform(0, height), rng.uniform(0, width), rng.uniform(0, np.pi))
         radius = rng.gamma(4.0, 85.0) + 120
-        rows = slice(
-            *np.clip([int((cy - 2 * radius) / 10), int((cy + 2 * radius) / 10)], 0, params.height_px)
-        )
+        rows = slice(*np.clip([int((cy - 2 * radius) / 10), int((cy + 2 * radius) / 10)], 0, params.height_px))
         cols = slice(*np.clip([int((cx - 2 * radius) / 10), int((cx + 2 * radius) / 10)], 0, params.width_px))
         dy, dx = y[rows, cols] - cy, x[rows, cols] - cx
         if not dy.size:

@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 
 
-def power_noise(
-    shape: tuple[int, int], *, beta: float, rng: np.random.Generator, outer_px: float = 1e9
-) -> F32:
+def power_noise(shape: tuple[int, int], *, beta: float, rng: np.random.Generator, outer_px: float = 1e9) -> F32:
     """Periodic power-law noise, float32, zero mean, unit variance.
 
     Spectrum ``(k^2 + 1/outer_px^2)^(-beta/2)``.
@@ -80,11 +78,7 @@ def voronoi(x: F32, y: F32, *, spacing_m: float, seed: int) -> Districts:
             hashed = mix(lut_i[:, None], lut_j[None, :], seed)
             where = (i - lut_i[0]).astype(np.intp) * lut_j.size + (j - lut_j[0])
             py = ((lut_i[:, None] + 0.15 + 0.7 * unit(hashed)) * spacing_m).astype(np.float32).ravel()[where]
-            px = (
-                ((lut_j[None, :] + 0.15 + 0.7 * unit(mix(hashed, 1))) * spacing_m)
-                .astype(np.float32)
-                .ravel()[where]
-            )
+            px = ((lut_j[None, :] + 0.15 + 0.7 * unit(mix(hashed, 1))) * spacing_m).astype(np.float32).ravel()[where]
             name = (hashed & np.uint32(0x7FFFFFFF)).astype(np.int32).ravel()[where]
             distance = (x - px) ** 2 + (y - py) ** 2
             first = distance < near

@@ -174,9 +174,7 @@ def draw_parcels(params: SceneParams, rng: np.random.Generator) -> Parcels:
         start[name] = (cover.size, cover.size + rows)
         cover = np.concatenate([cover, np.full(rows, COVERS.index(name), np.int16)])
     n = cover.size
-    calendar = np.array(
-        [row[2:] for row in CALENDAR.values()] + [(0.0, 1.0, 999.0, 1.0, 0.0, 0.0)] * len(HARD)
-    )
+    calendar = np.array([row[2:] for row in CALENDAR.values()] + [(0.0, 1.0, 999.0, 1.0, 0.0, 0.0)] * len(HARD))
     sos, width_up, eos, width_down, winter, peak = calendar[cover].astype(np.float32).T
     shift = rng.normal(0, params.phenology_spread_days, n).astype(np.float32)
     cuts = np.full((n, 3), 1e9, np.float32)
@@ -254,9 +252,7 @@ class Weather:
 
 def draw_weather(params: SceneParams, rng: np.random.Generator) -> Weather:
     """Rain days of 1970 to 2100, a Poisson process of ``rain_rate_per_day``."""
-    gaps = rng.exponential(
-        1 / max(params.rain_rate_per_day, 1e-6), int(47_500 * params.rain_rate_per_day * 1.2) + 8
-    )
+    gaps = rng.exponential(1 / max(params.rain_rate_per_day, 1e-6), int(47_500 * params.rain_rate_per_day * 1.2) + 8)
     return Weather(np.cumsum(gaps))
 
 

@@ -101,8 +101,7 @@ def write_scenes(
     """
     region = Region(params, seed)
     passes = [
-        Pass(acquisition, "S2A" if k % 2 else "S2B", 122, (NEWER,))
-        for k, acquisition in enumerate(region.acquisitions)
+        Pass(acquisition, "S2A" if k % 2 else "S2B", 122, (NEWER,)) for k, acquisition in enumerate(region.acquisitions)
     ]
     cut = Cut(tile, 0, 0, params.height_px, params.width_px)
     return write_region(region, passes, out, cuts=(cut,), bands=bands, block_px=block_px, threads=threads)
@@ -132,9 +131,7 @@ def write_region(
                     if processing.tiles and cut.tile not in processing.tiles:
                         continue
                     facts = _facts(region, one, processing, cut, observation)
-                    features.append(
-                        _write_scene(out, facts, cut, observation, processing, block_px, pool.map)
-                    )
+                    features.append(_write_scene(out, facts, cut, observation, processing, block_px, pool.map))
     features.sort(key=lambda feature: (feature["properties"]["datetime"], feature["id"]))
     path = out / "items.json"
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}, indent=1))

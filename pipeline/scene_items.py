@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from pyproj import Transformer
 from shapely.geometry import Polygon, box, mapping
-from shapely.ops import transform as project
 
 NOWHERE: Final = "cloudgate-simulated.invalid"
 
@@ -122,9 +122,7 @@ class SceneFacts:
     def prefix(self) -> str:
         """Earth Search's folder of the scene, without a trailing slash."""
         zone, band, square = self.tile[:2], self.tile[2], self.tile[3:]
-        return (
-            f"sentinel-s2-l2a-cogs/{int(zone)}/{band}/{square}/{self.sensed:%Y}/{self.sensed.month}/{self.id}"
-        )
+        return f"sentinel-s2-l2a-cogs/{int(zone)}/{band}/{square}/{self.sensed:%Y}/{self.sensed.month}/{self.id}"
 
 
 def footprint(
@@ -137,9 +135,7 @@ def footprint(
         return full
     far, south = west_m + 10 * width + 1e5, north_m - 10 * height
     bottom = edge_west_m - lean * (north_m - south)
-    inside = full.intersection(
-        Polygon([(edge_west_m, north_m), (far, north_m), (far, south), (bottom, south)])
-    )
+    inside = full.intersection(Polygon([(edge_west_m, north_m), (far, north_m), (far, south), (bottom, south)]))
     return inside if isinstance(inside, Polygon) else full
 
 
@@ -152,7 +148,7 @@ def item(facts: SceneFacts, *, scl: NDArray[np.uint8], hrefs: Mapping[str, str])
         hrefs: of the raster assets that exist, by asset name (``blue``, ``scl``, ...).
     """
     to_degrees = Transformer.from_crs(facts.epsg, 4326, always_xy=True).transform
-    ring = project(to_degrees, facts.footprint.segmentize(2000.0))
+    ring = shapely.transform(facts.footprint.segmentize(2000.0), to_degrees, interleaved=False)
     return {
         "type": "Feature",
         "stac_version": "1.0.0",
@@ -209,9 +205,7 @@ def _properties(facts: SceneFacts, scl: NDArray[np.uint8]) -> dict[str, Any]:
         "s2:datatake_id": f"G{facts.platform}_{take}_{orbit}_N{number}",
         "s2:datatake_type": "INS-NOBS",
         "s2:datastrip_id": f"{facts.platform}_OPER_MSI_L2A_DS_{ground}_{made}_S{strip}_N{number}",
-        "s2:granule_id": (
-            f"{facts.platform}_OPER_MSI_L2A_TL_{ground}_{made}_A{orbit}_T{facts.tile}_N{number}"
-        ),
+        "s2:granule_id": (f"{facts.platform}_OPER_MSI_L2A_TL_{ground}_{made}_A{orbit}_T{facts.tile}_N{number}"),
         "s2:reflectance_conversion_factor": 1 / distance**2,
         "datetime": _stamp(facts.sensed),
         "s2:sequence": str(facts.sequence),

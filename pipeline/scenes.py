@@ -158,9 +158,7 @@ def write_demo(out: Path, *, seed: int = 0, bands: Sequence[str] = SIM_BANDS, th
     )
 
 
-def _write_truth(
-    region: Region, passes: Sequence[Pass], folder: Path, *, bands: Sequence[str], target: date
-) -> None:
+def _write_truth(region: Region, passes: Sequence[Pass], folder: Path, *, bands: Sequence[str], target: date) -> None:
     """Truth at the target date, the clear look of its pass, every pass's state, relief, and an index."""
     params, day = region.params, (target - EPOCH).days
     place = partial(write_cog, west_m=params.west_m, north_m=params.north_m, epsg=params.epsg, block_px=512)

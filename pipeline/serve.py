@@ -111,9 +111,7 @@ class RangeServer(_Child):
         line = process.stdout.readline()  # the child binds first, so there is no race for the port
         if not line:
             self.stop()
-            raise RunError(
-                f"range server: could not listen on {LOOPBACK}:{self.port}; choose another port or 0"
-            )
+            raise RunError(f"range server: could not listen on {LOOPBACK}:{self.port}; choose another port or 0")
         self.port = int(line)
         return self
 
@@ -247,9 +245,7 @@ class _Files:
         method, _, rest = request.partition(" ")
         target, _, version = rest.rpartition(" ")
         headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-        keep = (
-            headers.get("connection", "keep-alive" if version == "HTTP/1.1" else "close").lower() != "close"
-        )
+        keep = headers.get("connection", "keep-alive" if version == "HTTP/1.1" else "close").lower() != "close"
         if method not in ("GET", "HEAD"):
             # a body may follow that is not read: the connection cannot go on
             self._refuse(connection, HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET, HEAD"}, keep=False)
@@ -336,7 +332,8 @@ def _serve_files(root: str, port: int, latency_s: float, parent: int) -> int:
     listener.listen(512)
     _watch_parent(parent, lambda: os._exit(0))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    print(listener.getsockname()[1], flush=True)
+    sys.stdout.write(f"{listener.getsockname()[1]}\n")
+    sys.stdout.flush()
     _Files(Path(root), latency_s).serve(listener)
     return 0
 

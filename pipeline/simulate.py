@@ -68,9 +68,7 @@ class Region:
         self, params: SceneParams, seed: int = 0, *, acquisitions: Sequence[Acquisition] | None = None
     ) -> None:
         self.params, self.seed = params, seed
-        self.acquisitions = (
-            tuple(acquisitions) if acquisitions is not None else draw_acquisitions(params, seed)
-        )
+        self.acquisitions = tuple(acquisitions) if acquisitions is not None else draw_acquisitions(params, seed)
         self.ground = Ground(params, seed)
         self.shape = (params.height_px, params.width_px)
 
@@ -112,18 +110,14 @@ class Region:
         coarse_sky = Sky(*(half(part) for part in (sky.opacity, sky.depth, sky.shadow, sky.tone, sky.haze)))
         reflectance = {}
         for band in bands:
-            ground = self.ground.paint(
-                table, _known(band), index=shown, shade=shade, shift_px=(shift[0], shift[1])
-            )
+            ground = self.ground.paint(table, _known(band), index=shown, shade=shade, shift_px=(shift[0], shift[1]))
             above = sky if ground.shape == self.shape else coarse_sky
             noise = np.random.default_rng([self.seed, 5, index, SIM_BANDS.index(band)])
             seen = look_through(self.params, ground, above, SIM_BANDS.index(band), noise, cloudy=cloudy)
             seen[~(valid if ground.shape == self.shape else valid[::2, ::2])] = np.nan
             reflectance[band] = seen
         azimuth, elevation = self.ground.sun(acquisition.day)
-        return Observation(
-            acquisition.day, reflectance, scl, cloud, shadow, valid, sky.depth, azimuth, elevation
-        )
+        return Observation(acquisition.day, reflectance, scl, cloud, shadow, valid, sky.depth, azimuth, elevation)
 
     def _table_of_the_day(self, day: int, rng: np.random.Generator) -> tuple[F32, F32]:
         """Spectra with the day's gain errors.

@@ -99,9 +99,7 @@ def draw_sky(ground: Ground, acquisition: Acquisition, rng: np.random.Generator)
         # fields broken by wide gaps: the veil moves the threshold, so clouds come in groups
         field = billows + np.float32(0.55) * veil
         edge = float(np.quantile(field[::4, ::4], 1 - min(fraction, 0.9995)))
-        depth = (field - np.float32(edge)).clip(0) ** np.float32(1.35) * np.float32(
-            params.cloud_optical_depth
-        )
+        depth = (field - np.float32(edge)).clip(0) ** np.float32(1.35) * np.float32(params.cloud_optical_depth)
         if fraction > 0.97:
             depth += np.float32(2.0)
     if cirrus and fraction < 0.97:

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,9 +39,7 @@ def server(folder: Path):
         yield running
 
 
-def ask(
-    server: RangeServer, path: str, method: str = "GET", **headers: str
-) -> tuple[int, dict[str, str], bytes]:
+def ask(server: RangeServer, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
@@ -134,8 +133,7 @@ def test_latency_does_not_queue(folder: Path) -> None:
     with RangeServer(folder, latency_s=0.2) as slow:
         begin = time.monotonic()
         threads = [
-            threading.Thread(target=ask, args=(slow, "/scene.tif"), kwargs={"Range": "bytes=0-99"})
-            for _ in range(24)
+            threading.Thread(target=ask, args=(slow, "/scene.tif"), kwargs={"Range": "bytes=0-99"}) for _ in range(24)
         ]
         for thread in threads:
             thread.start()
@@ -153,9 +151,7 @@ def test_throughput(folder: Path) -> None:
             connection = http.client.HTTPConnection("127.0.0.1", fast.port, timeout=10)
             sink = bytearray(1 << 20)
             for k in range(100):
-                connection.request(
-                    "GET", "/inner/a%20b.bin", headers={"Range": f"bytes={k}-{k + (1 << 20) - 1}"}
-                )
+                connection.request("GET", "/inner/a%20b.bin", headers={"Range": f"bytes={k}-{k + (1 << 20) - 1}"})
                 answer, filled = connection.getresponse(), 0
                 while filled < len(sink):
                     filled += answer.readinto(memoryview(sink)[filled:])
@@ -173,12 +169,17 @@ def test_throughput(folder: Path) -> None:
 
 
 def test_end_of_context_ends_the_server(folder: Path) -> None:
-    server = RangeServer(folder)
-    with pytest.raises(KeyboardInterrupt), server:
-        pid = server.pid
-        assert pid is not None
-        raise KeyboardInterrupt
-    assert wait_gone(pid)
+    pids: list[int] = []
+
+    def interrupted() -> None:
+        with RangeServer(folder) as server:
+            pids.append(server.pid or 0)
+            assert alive(pids[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert wait_gone(pids[0])
 
 
 def test_port_taken_and_no_folder(server: RangeServer, folder: Path) -> None:
@@ -207,12 +208,13 @@ def test_stac_server_answers_and_ends(items: Path) -> None:
         body = json.dumps({"collections": ["things"], "bbox": [15.05, 46.05, 15.06, 46.06]})
         connection.request("POST", "/search", body, {"Content-Type": "application/json"})
         found = json.loads(connection.getresponse().read())
+        connection.close()
         pid, port = stac.pid, stac.port
     assert [feature["id"] for feature in found["features"]] == ["one"]
     assert pid is not None
     assert wait_gone(pid)
     with pytest.raises(OSError, match="refused"):
-        http.client.HTTPConnection("127.0.0.1", port, timeout=2).connect()
+        socket.create_connection(("127.0.0.1", port), timeout=2)
 
 
 def test_stac_server_says_why_it_does_not_start(tmp_path: Path) -> None:
@@ -251,4 +253,4 @@ def test_no_orphans(folder: Path, items: Path, blow: signal.Signals) -> None:
     parent.stdout.close()
     assert all(wait_gone(pid) for pid in [files, stac, *children])
     with pytest.raises(OSError, match="refused"):
-        http.client.HTTPConnection("127.0.0.1", port, timeout=2).connect()
+        socket.create_connection(("127.0.0.1", port), timeout=2)
