@@ -36,7 +36,8 @@ DEFAULTS: Final = {
     "GDAL_HTTP_MAX_RETRY": "0",  # retries are counted and recorded here, not inside GDAL
     "GDAL_NUM_THREADS": "1",
 }
-BLOCK_CACHE_BYTES: Final = 256 * 2**20
+BLOCK_CACHE_BYTES: Final = 64 * 2**20
+"""Larger costs page faults and memory; raise it where windows cut through blocks and come back to them."""
 MAX_OPEN: Final = 400
 MAX_WAIT_S: Final = 60.0
 

@@ -31,6 +31,7 @@ NODE_PX: Final = 16
 """Spacing of the nodes at which the projection is evaluated; linear in between. Over 16 px of 10 to 120 m the
 curvature between neighbouring UTM zones is below 1e-3 px (tested against the exact transformation)."""
 STRIP_PX: Final = 2048
+STRIP_ROWS: Final = 32
 OUTSIDE: Final = -1e9
 TIE: Final = 1e-6
 """Shift in pixels that makes nearest neighbour on a pixel edge fall to one side whatever the rounding."""
@@ -156,8 +157,23 @@ def resample(fetch: Fetch, frame: Frame, grid: Grid, kind: Kind) -> Raster:
     if factor >= 2:
         fetch, frame = _block_means(fetch, frame, factor), frame.reduced(factor)
     aligned = frame.transform[1] == 0 == frame.transform[3] and same_crs(frame.crs, grid.crs)
-    where = _separable(frame, grid) if aligned else _everywhere(frame, grid)
-    return _nearest(fetch, frame, grid, where) if kind == "classes" else _bilinear(fetch, frame, grid, where)
+    where = _separable(frame, grid) if aligned else _nodes(frame, grid)
+    near = (where.rows, where.cols) if isinstance(where, _Nodes) else where
+    rows, cols = _span(near[0], frame.shape[0]), _span(near[1], frame.shape[1])
+    if rows is None or cols is None:
+        return np.full(grid.shape, frame.nodata, fetch(0, 1, 0, 1).dtype)
+    source = fetch(*rows, *cols)
+    sample = (
+        _Nearest(source, rows[0], cols[0])
+        if kind == "classes"
+        else _Bilinear(source, rows[0], cols[0], frame)
+    )
+    if not isinstance(where, _Nodes):
+        return sample(where)
+    out = np.empty(grid.shape, source.dtype)
+    for row in range(0, grid.height, STRIP_ROWS):  # strips stay in the processor's cache
+        out[row : row + STRIP_ROWS] = sample(where.strip(row, row + STRIP_ROWS))
+    return out
 
 
 Where = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -173,8 +189,31 @@ def _separable(frame: Frame, grid: Grid) -> Where:
     return ((y - f) / e)[:, None], ((x - c) / a)[None, :]
 
 
-def _everywhere(frame: Frame, grid: Grid) -> Where:
-    """Exact at nodes of the lattice, linear between them; far outside where the projection is not defined."""
+@dataclass(frozen=True)
+class _Nodes:
+    """Raster coordinates, exact at nodes of the lattice, linear between them."""
+
+    rows: NDArray[np.float64]
+    cols: NDArray[np.float64]
+    at_row: tuple[NDArray[np.intp], NDArray[np.float64]]
+    at_col: tuple[NDArray[np.intp], NDArray[np.float64]]
+
+    def strip(self, first: int, last: int) -> Where:
+        """Coordinates of the rows [first, last) of the grid."""
+        i, g = self.at_row[0][first:last], self.at_row[1][first:last, None]
+        return self._between(self.rows, i, g), self._between(self.cols, i, g)
+
+    def _between(
+        self, nodes: NDArray[np.float64], i: NDArray[np.intp], g: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        j, k = self.at_col
+        along = nodes[i] * (1 - g) + nodes[i + 1] * g
+        fine: NDArray[np.float64] = along[:, j] * (1 - k) + along[:, j + 1] * k
+        return fine
+
+
+def _nodes(frame: Frame, grid: Grid) -> _Nodes:
+    """The nodes around a grid; far outside the raster where the projection is not defined."""
     row_node, row_part = np.divmod(np.arange(grid.row0, grid.row0 + grid.height) + 0.5, NODE_PX)
     col_node, col_part = np.divmod(np.arange(grid.col0, grid.col0 + grid.width) + 0.5, NODE_PX)
     nodes_r = np.arange(row_node[0], row_node[-1] + 2) * NODE_PX
@@ -182,24 +221,20 @@ def _everywhere(frame: Frame, grid: Grid) -> Where:
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     x, y = np.meshgrid(
-        grid.phase_m[0] + nodes_c * grid.resolution_m,
-        grid.phase_m[1] - nodes_r * grid.resolution_m,
+        grid.phase_m[0] + nodes_c * grid.resolution_m, grid.phase_m[1] - nodes_r * grid.resolution_m
     )
     if not same_crs(frame.crs, grid.crs):
         x, y = _transformer(grid.crs, frame.crs).transform(x, y)
-    missing = ~(np.isfinite(x) & np.isfinite(y))
-    x[missing] = y[missing] = np.nan
+    undefined = ~(np.isfinite(x) & np.isfinite(y))
+    x[undefined] = y[undefined] = 0.0
     cols, rows = _apply(~frame.affine, x, y)
-    i, g = (row_node - row_node[0]).astype(np.intp), (row_part / NODE_PX)[:, None]
-    j, k = (col_node - col_node[0]).astype(np.intp), (col_part / NODE_PX)[None, :]
-
-    def between(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
-        along = nodes[i] * (1 - g) + nodes[i + 1] * g
-        fine: NDArray[np.float64] = along[:, j] * (1 - k) + along[:, j + 1] * k
-        fine[np.isnan(fine)] = OUTSIDE
-        return fine
-
-    return between(rows), between(cols)
+    rows[undefined] = cols[undefined] = OUTSIDE
+    return _Nodes(
+        rows,
+        cols,
+        ((row_node - row_node[0]).astype(np.intp), row_part / NODE_PX),
+        ((col_node - col_node[0]).astype(np.intp), col_part / NODE_PX),
+    )
 
 
 def _span(coords: NDArray[np.float64], size: int) -> tuple[int, int] | None:
@@ -210,32 +245,30 @@ def _span(coords: NDArray[np.float64], size: int) -> tuple[int, int] | None:
     return max(math.floor(max(low, -1.0)) - 1, -2), min(math.floor(min(high, size + 1.0)) + 2, size + 2)
 
 
-def _window(fetch: Fetch, frame: Frame, where: Where) -> tuple[Raster, int, int] | None:
-    rows, cols = _span(where[0], frame.shape[0]), _span(where[1], frame.shape[1])
-    if rows is None or cols is None:
-        return None
-    return fetch(*rows, *cols), rows[0], cols[0]
-
-
-def _empty(fetch: Fetch, frame: Frame, grid: Grid) -> Raster:
-    return np.full(grid.shape, frame.nodata, fetch(0, 1, 0, 1).dtype)
-
-
 def _index(coords: NDArray[np.float64], start: int, size: int) -> NDArray[np.intp]:
-    """Index of the pixel each coordinate falls in, within a window of ``size`` from ``start``, kept inside it."""
+    """Index of the pixel each coordinate falls in, within a window of ``size`` from ``start``, kept inside it.
+
+    The window's rim lies outside the raster or outside the need, so keeping to it is harmless.
+    """
     inside = np.floor(coords + TIE) - start
     index: NDArray[np.intp] = np.clip(inside, 0, size - 1).astype(np.intp)
     return index
 
 
-def _nearest(fetch: Fetch, frame: Frame, grid: Grid, where: Where) -> Raster:
-    window = _window(fetch, frame, where)
-    if window is None:
-        return _empty(fetch, frame, grid)
-    source, r0, c0 = window  # its rim lies outside the raster or the need, so clipping to it is harmless
-    return np.ascontiguousarray(
-        source[_index(where[0], r0, source.shape[0]), _index(where[1], c0, source.shape[1])]
-    )
+class _Nearest:
+    """Samples a window (its [0, 0] is raster pixel (row, col)) by nearest neighbour."""
+
+    def __init__(self, source: Raster, row: int, col: int) -> None:
+        self.source, self.row, self.col = source, row, col
+
+    def __call__(self, where: Where) -> Raster:
+        height, width = self.source.shape
+        rows, cols = _index(where[0], self.row, height), _index(where[1], self.col, width)
+        if rows.shape[1] == 1 and cols.shape[0] == 1:
+            return self.source[rows[:, 0]][:, cols[0]]
+        rows *= width
+        rows += cols
+        return self.source.ravel().take(rows)
 
 
 def invalid(values: Raster, nodata: float) -> NDArray[np.bool_]:
@@ -246,27 +279,28 @@ def invalid(values: Raster, nodata: float) -> NDArray[np.bool_]:
     return missing
 
 
-def _bilinear(fetch: Fetch, frame: Frame, grid: Grid, where: Where) -> Raster:
-    window = _window(fetch, frame, where)
-    if window is None:
-        return _empty(fetch, frame, grid)
-    source, r0, c0 = window
-    rows, cols = where
-    values = source.astype(np.float32)
-    bad = invalid(source, frame.nodata)
-    any_bad = bool(bad.any())
-    if any_bad:
-        values[bad] = 0
-    i, g = _lower(rows, r0, source.shape[0])
-    j, k = _lower(cols, c0, source.shape[1])
-    mixed = _blend(values, i, j, g, k)
-    if any_bad:
-        _mend(mixed, bad, (i, j, g, k))
-        gone = bad[_index(rows, r0, source.shape[0]), _index(cols, c0, source.shape[1])]
-        out = _as(mixed, source.dtype)
-        out[gone] = frame.nodata
+class _Bilinear:
+    """Samples a window (its [0, 0] is raster pixel (row, col)) bilinearly, invalid neighbours left out."""
+
+    def __init__(self, source: Raster, row: int, col: int, frame: Frame) -> None:
+        self.row, self.col, self.nodata, self.dtype = row, col, frame.nodata, source.dtype
+        self.values = source.astype(np.float32)
+        self.bad = invalid(source, frame.nodata)
+        self.holes = bool(self.bad.any())
+        if self.holes:
+            self.values[self.bad] = 0
+
+    def __call__(self, where: Where) -> Raster:
+        height, width = self.values.shape
+        i, g = _lower(where[0], self.row, height)
+        j, k = _lower(where[1], self.col, width)
+        mixed = _blend(self.values, i, j, g, k)
+        if not self.holes:
+            return _as(mixed, self.dtype)
+        _mend(mixed, self.bad, (i, j, g, k))
+        out = _as(mixed, self.dtype)
+        out[self.bad[_index(where[0], self.row, height), _index(where[1], self.col, width)]] = self.nodata
         return out
-    return _as(mixed, source.dtype)
 
 
 def _lower(
@@ -275,8 +309,9 @@ def _lower(
     """The lower neighbour of each coordinate (pixel centres) and the weight of the upper one."""
     centre = coords - 0.5
     low = np.floor(centre)
-    part = (centre - low).astype(np.float32)
-    return np.clip(low - start, 0, size - 2).astype(np.intp), part
+    part = np.subtract(centre, low, out=centre).astype(np.float32)
+    low -= start
+    return np.clip(low, 0, size - 2, out=low).astype(np.intp), part
 
 
 def _blend(
@@ -300,12 +335,27 @@ def _blend(
         out += below
         return out
     flat, width = values.ravel(), values.shape[1]
-    at = i * width + j
-    top = flat.take(at) * (1 - k) + flat.take(at + 1) * k
+    at = i * width
+    at += j
+    mixed = _along(flat, at, k)
     at += width
-    low = flat.take(at) * (1 - k) + flat.take(at + 1) * k
-    mixed: NDArray[np.float32] = top * (1 - g) + low * g
+    low = _along(flat, at, k)
+    low -= mixed
+    low *= g
+    mixed += low
     return mixed
+
+
+def _along(flat: NDArray[np.float32], at: NDArray[np.intp], k: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``v[at] + (v[at + 1] - v[at]) * k``, leaving ``at`` as it was."""
+    left: NDArray[np.float32] = flat.take(at, mode="clip")
+    at += 1
+    right = flat.take(at, mode="clip")
+    at -= 1
+    right -= left
+    right *= k
+    left += right
+    return left
 
 
 def _mend(mixed: NDArray[np.float32], bad: NDArray[np.bool_], at: tuple[Any, Any, Any, Any]) -> None:
