@@ -14,16 +14,17 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urljoin, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urljoin, urlsplit, urlunsplit
 
+import numpy as np
 from pyproj import CRS
 from pyproj.exceptions import CRSError
-from shapely import get_parts
+from shapely import force_2d, get_parts, transform
 from shapely.affinity import translate
 from shapely.errors import GEOSException
 from shapely.geometry import MultiPolygon, box, mapping, shape
 from shapely.geometry.base import BaseGeometry
-from shapely.ops import transform, unary_union
+from shapely.ops import unary_union
 
 from pipeline.errors import ItemError
 from pipeline.grid import crs_name
@@ -165,7 +166,7 @@ def cut_at_180(geometry: BaseGeometry) -> BaseGeometry:
         if (
             east - west > 180 and west >= -180 and east <= 180
         ):  # no scene is so wide: it jumps from 179 to -179
-            part = transform(lambda x, y, *z: ([v % 360 for v in x], y), part)
+            part = transform(force_2d(part), lambda xy: np.column_stack((xy[:, 0] % 360, xy[:, 1])))
         part = part if part.is_valid else part.buffer(0)
         for shift in (-360, 0, 360):
             piece = translate(part, xoff=shift).intersection(box(-180, -90, 180, 90))
@@ -309,7 +310,7 @@ def resolve_href(href: str, base: str | None, where: str = "link") -> str:
         ItemError: for a relative href without base.
     """
     if href.startswith("file://"):
-        return urlsplit(href).path
+        return unquote(urlsplit(href).path)
     if "://" in href or Path(href).is_absolute():
         return href
     if base is None:
@@ -317,7 +318,8 @@ def resolve_href(href: str, base: str | None, where: str = "link") -> str:
             f"{where}: href {href!r} is relative and its item has no known location; make it absolute"
         )
     if "://" in base:
-        return urljoin(base, href)
+        scheme, rest = base.split("://", 1)  # urljoin knows no s3
+        return scheme + urljoin("http://" + rest, href).removeprefix("http")
     return os.path.normpath(Path(base).absolute().parent / href)
 
 
