@@ -1,1 +1,50 @@
-"""x"""
+"""cloudgate: cloud-free Sentinel-2 mosaics from image time series. STAC in, Zarr out.
+
+The way of the data, one file per step::
+
+    catalog.search     items, normalised, deduplicated, frozen to a file
+    region, grid       which pixels: one Grid on a lattice fixed to the CRS, obeyed by every step
+    scout              what the whole area decides once: offsets, clear shares, anchors
+    cube.open_cube     a lazy (time, band, y, x) cube, one layer per acquisition
+    mask.cloud_mask    cloud and shadow, grown in metres, checked in time
+    block.compose      many looks to one value and where it comes from (composite, regression)
+    mosaic.build       the same, task by task on a Dask cluster, into a Zarr store
+    store.open_mosaic  the finished mosaic as plain xarray
+
+Public names are imported on first use, so ``import pipeline`` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.catalog import search
+    from pipeline.config import load_job
+    from pipeline.cube import open_cube
+    from pipeline.lazy import compose, fill_series
+    from pipeline.mask import cloud_mask
+    from pipeline.mosaic import build
+    from pipeline.store import open_mosaic
+
+_HOMES = {
+    "build": "pipeline.mosaic",
+    "cloud_mask": "pipeline.mask",
+    "compose": "pipeline.lazy",
+    "fill_series": "pipeline.lazy",
+    "load_job": "pipeline.config",
+    "open_cube": "pipeline.cube",
+    "open_mosaic": "pipeline.store",
+    "search": "pipeline.catalog",
+}
+
+__all__ = ["build", "cloud_mask", "compose", "fill_series", "load_job", "open_cube", "open_mosaic", "search"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pipeline' has no attribute {name!r}; public names are {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -64,9 +64,7 @@ def check_bands(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         known = by_esa.get(name.upper(), name)
         if known not in BANDS:
-            raise ConfigError(
-                f"bands: unknown band {name!r}; known are {', '.join(BANDS)} (or B01..B12, B8A)"
-            )
+            raise ConfigError(f"bands: unknown band {name!r}; known are {', '.join(BANDS)} (or B01..B12, B8A)")
         if known in out:
             raise ConfigError(f"bands: {name!r} is named twice; name each band once")
         out.append(known)
@@ -80,9 +78,17 @@ def darkest(names: Sequence[str]) -> int:
     return min(range(len(names)), key=lambda i: BANDS[names[i]].wavelength_nm)
 
 
+def rgb_bands(names: Sequence[str]) -> tuple[str, str, str]:
+    """Three of the bands for red, green, blue: true colour where there, else the longest to the shortest wavelength."""
+    if {"red", "green", "blue"} <= set(names):
+        return "red", "green", "blue"
+    ordered = sorted(names, key=lambda name: BANDS[name].wavelength_nm)
+    return ordered[-1], ordered[len(ordered) // 2], ordered[0]
+
+
 def to_reflectance(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
     """Codes of any shape to float32 reflectance (about 0 to 1), NaN where the code is 0."""
-    out = (codes.astype(np.float32) - np.float32(CODE_OFFSET)) * np.float32(CODE_SCALE)
+    out = (codes.astype(np.float32) - np.float32(CODE_OFFSET)) / np.float32(1 / CODE_SCALE)
     out[codes == CODE_NODATA] = np.nan
     return out
 

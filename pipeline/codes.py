@@ -65,15 +65,21 @@ def dn_to_codes(dn: NDArray[Any], asset: Asset, offset_dn: int | None) -> Codes:
     return codes
 
 
-def spread_cells(
-    cells: NDArray[Any], factor: int, offset: tuple[int, int], shape: tuple[int, int]
-) -> NDArray[Any]:
-    """Coarse cells (..., hc, wc) onto the fine lattice: (..., *shape), each cell repeated over its pixels."""
-    if factor == 1:
-        return cells
-    rows = (np.arange(shape[0]) + offset[0]) // factor
-    cols = (np.arange(shape[1]) + offset[1]) // factor
-    return cells[..., rows[:, None], cols[None, :]]
+def spread_cells(cells: NDArray[Any], factor: int, offset: tuple[int, int], shape: tuple[int, int]) -> NDArray[Any]:
+    """Coarse cells (..., hc, wc) onto the fine lattice: (..., *shape), each cell repeated over its pixels.
+
+    ``offset`` is the place (row, col) of the fine [0, 0] in fine pixels from the corner of the cell [0, 0]; the cells
+    may reach farther than ``shape`` on every side.
+    """
+    out = cells
+    for axis, (start, size) in enumerate(zip(offset, shape, strict=True), -2):
+        first, last = start // factor, -(-(start + size) // factor)
+        part = out[..., first:last, :] if axis == -2 else out[..., first:last]
+        if factor > 1:
+            part = np.repeat(part, factor, axis=axis)
+        skip = start - first * factor
+        out = part[..., skip : skip + size, :] if axis == -2 else part[..., skip : skip + size]
+    return out
 
 
 def reduce_states(state: States, factor: int, offset: tuple[int, int]) -> States:
@@ -93,6 +99,17 @@ def reduce_states(state: States, factor: int, offset: tuple[int, int]) -> States
     return reduced
 
 
+def fuse_states(states: Sequence[States]) -> States:
+    """States of scenes on one lattice, (h, w) each: the first that is clear, else the first that is not NODATA."""
+    fused = states[0]
+    if len(states) > 1:
+        fused = fused.copy()
+        for cells in states[1:]:
+            better = ((fused == NODATA) & (cells != NODATA)) | ((fused != CLEAR) & (cells == CLEAR))
+            np.copyto(fused, cells, where=better)
+    return fused
+
+
 def fuse_scenes(
     codes: Sequence[Codes],
     states: Sequence[States],
@@ -100,37 +117,36 @@ def fuse_scenes(
     factor: int = 1,
     offset: tuple[int, int] = (0, 0),
 ) -> tuple[Codes, States]:
-    """Scenes of one acquisition to one layer, decided pixel by pixel on the fine lattice.
+    """Scenes of one acquisition to one layer.
 
-    A pixel of a scene is valid when every band has a code and its state is not ``NODATA``. The first scene (in the
-    order given: by item id) that is valid and clear there gives all bands and the state, else the first valid one.
-    Where none is valid all bands are 0 and the state is ``NODATA``; so leaving out scenes without a pixel in the
-    window changes nothing. On a coarser mask lattice the fused fine states go to cells by ``reduce_states``.
+    The states are fused on their own lattice by ``fuse_states``, so they may cover a margin around the codes (growth
+    needs one) and no code decides about growth. Codes are decided pixel by pixel: a pixel of a scene is valid when every
+    band has a code and its state is not ``NODATA``; the first scene (in the order given: by item id) that is valid and
+    clear there gives all bands, else the first valid one, else all are 0. Where the states say clear and only a scene
+    that is not clear has codes, there is no look either.
 
     Args:
         codes: per scene (B, h, w) uint16, 0 = no data.
-        states: per scene (h, w) uint8, or cells as ``factor`` and ``offset`` say.
+        states: per scene (hs, ws) uint8, on cells as ``factor`` and ``offset`` say.
         factor: fine pixels along a cell.
-        offset: place of the fine [0, 0] inside the cell [0, 0].
+        offset: place of the fine [0, 0] in fine pixels from the corner of the cell [0, 0].
 
     Returns:
-        codes (B, h, w) and states on the lattice they came on. A lone scene valid everywhere is returned as it is,
-        not copied.
+        codes (B, h, w) and states (hs, ws). A lone scene that is valid everywhere is returned as it is, not copied.
     """
-    if len(codes) == 1 and states[0].all() and codes[0].all():
-        return codes[0], states[0]
-    shape = codes[0].shape[1:]
+    state = fuse_states(states)
+    shape = (codes[0].shape[1], codes[0].shape[2])
+    if len(codes) == 1 and state.all() and codes[0].all():
+        return codes[0], state
     fused = np.zeros_like(codes[0])
-    state = np.zeros(shape, np.uint8)
     best = np.zeros(shape, np.uint8)  # 0 nothing yet, 1 valid, 2 clear
     for scene, cells in zip(codes, states, strict=True):
-        seen = spread_cells(cells, factor, offset, (shape[0], shape[1]))
+        seen = spread_cells(cells, factor, offset, shape)
         valid = (scene != CODE_NODATA).all(axis=0) & (seen != NODATA)
         grade = valid.astype(np.uint8) + (valid & (seen == CLEAR))
         better = grade > best
-        if not better.any():
-            continue
         np.copyto(fused, scene, where=better)
-        np.copyto(state, seen, where=better)
         np.copyto(best, grade, where=better)
-    return fused, reduce_states(state, factor, offset)
+    if len(codes) > 1:
+        fused[:, (best == 1) & (spread_cells(state, factor, offset, shape) == CLEAR)] = CODE_NODATA
+    return fused, state

@@ -41,9 +41,7 @@ def projected_crs(text: str) -> CRS:
             f"grid.crs: {text!r} is geographic (degrees); use utm or a projected EPSG code such as EPSG:3035"
         )
     if any(abs(axis.unit_conversion_factor - 1) > 1e-9 for axis in crs.axis_info[:2]):
-        raise ConfigError(
-            f"grid.crs: {text!r} is not in metres; use utm or a CRS in metres such as EPSG:3035"
-        )
+        raise ConfigError(f"grid.crs: {text!r} is not in metres; use utm or a CRS in metres such as EPSG:3035")
     return crs
 
 

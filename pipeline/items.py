@@ -157,9 +157,7 @@ def group_acquisitions(items: list[Item], longitude: float) -> list[Acquisition]
             key = item.platform or ""
         groups.setdefault((day, key), []).append(item)
     acquisitions = [
-        Acquisition(
-            "_".join(filter(None, (day_text(day), key))), day, tuple(sorted(members, key=lambda i: i.id))
-        )
+        Acquisition("_".join(filter(None, (day_text(day), key))), day, tuple(sorted(members, key=lambda i: i.id)))
         for (day, key), members in groups.items()
     ]
     return sorted(acquisitions, key=lambda a: (a.day, a.id))

@@ -1,0 +1,225 @@
+"""The command line: thin. In come arguments, out come calls of the Python API, and errors as one kind paragraph."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import CloudgateError
+
+app = typer.Typer(
+    name="cloudgate",
+    help="Cloud-free Sentinel-2 mosaics from image time series: STAC in, Zarr out. Start with: cloudgate demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+JobFile = Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: key=value with dotted keys, e.g. method.name=median."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+_state = {"debug": False}
+
+
+@contextmanager
+def _kind(debug: bool) -> Iterator[None]:
+    """Errors raised on purpose become one paragraph and their exit code."""
+    _state["debug"] = debug
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    try:
+        yield
+    except CloudgateError as error:
+        if debug:
+            raise
+        typer.secho(f"cloudgate: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, default=str))
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"cloudgate {installed('cloudgate')}")
+        raise typer.Exit
+
+
+@app.command()
+def mosaic(
+    job: JobFile,
+    out: Annotated[str | None, typer.Option(help="Store to write, instead of the job's output.store.")] = None,
+    overrides: Overrides = None,
+    restart: Annotated[bool, typer.Option(help="Remove an existing store of this path and start over.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a job: search, mask, compose, write the mosaic. Run it again to go on where it stopped.
+
+    Example: [bold]cloudgate mosaic job.yaml --set method.name=median --out out/median.zarr[/bold]
+    """
+    with _kind(debug):
+        from pipeline.config import load_job
+        from pipeline.mosaic import build
+        from pipeline.progress import terminal
+
+        with terminal(quiet=as_json) as progress:
+            summary = build(job=load_job(job, overrides=overrides or (), store=out), restart=restart, progress=progress)
+        if as_json:
+            _print_json(summary.__dict__)
+            return
+        for period in summary.periods:
+            print(_period_line(period))
+        print(f"{summary.store}: done in {summary.seconds:.1f} s; look at it with: cloudgate preview {summary.store}")
+
+
+def _period_line(period: dict[str, Any]) -> str:
+    if not period["published"]:
+        return f"{period['start']} to {period['end']}: not published: {period['message']}"
+    total = max(period["filled"] + period["unfilled"], 1)
+    anchors = f", anchors {', '.join(period['anchors'])}" if period.get("anchors") else ""
+    failed = f", {period['failed']} of {period['reads']} reads failed" if period["failed"] else ""
+    return (
+        f"{period['start']} to {period['end']}, shown {period['target']}: {period['scenes']} scenes, "
+        f"{100 * period['filled'] / total:.2f} % filled ({period['unfilled']} px without a clear look), "
+        f"{period['bytes_read'] / 1e6:.0f} MB read in {period['seconds']:.1f} s{failed}{anchors}"
+    )
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    out: Annotated[str | None, typer.Option(help="Store to write, instead of the job's output.store.")] = None,
+    overrides: Overrides = None,
+    scout: Annotated[bool, typer.Option(help="Look at the scenes coarsely, to decide offsets and anchors.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a job would do: scenes, tasks, bytes, memory, offsets, anchors. Writes nothing.
+
+    Example: [bold]cloudgate plan job.yaml[/bold]
+    """
+    with _kind(debug):
+        from pipeline.config import load_job
+        from pipeline.mosaic import plan as make_plan
+        from pipeline.progress import show_plan
+
+        made = make_plan(load_job(job, overrides=overrides or (), store=out), scouting=scout)
+        if as_json:
+            _print_json({**made.__dict__, "grid": made.grid.to_dict()})
+        else:
+            show_plan(made)
+
+
+@app.command()
+def search(
+    job: JobFile,
+    overrides: Overrides = None,
+    save: Annotated[Path | None, typer.Option(help="Freeze the result to this file; it replays as a catalog.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the scenes a job would use, and those it would not, with the reason.
+
+    Example: [bold]cloudgate search job.yaml --save items.json[/bold]
+    """
+    with _kind(debug):
+        from pipeline.config import load_job
+        from pipeline.frozen import save_items
+        from pipeline.progress import show_items
+        from pipeline.request import resolve
+
+        found = resolve(load_job(job, overrides=overrides or ())).found
+        if save:
+            save_items(found, save)
+        if as_json:
+            _print_json({"items": [item.to_dict() for item in found.items], "dropped": found.dropped})
+        else:
+            show_items(found)
+
+
+@app.command()
+def status(
+    store: Annotated[Path, typer.Argument(help="Zarr store of a job.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say how far a store is: periods, shards, failed reads.
+
+    Example: [bold]cloudgate status out/graz.zarr[/bold]
+    """
+    with _kind(debug):
+        from pipeline.mosaic import status as look
+        from pipeline.progress import show_status
+
+        found = look(store)
+        if as_json:
+            _print_json(found)
+        else:
+            show_status(found)
+
+
+@app.command()
+def preview(
+    store: Annotated[Path, typer.Argument(help="Zarr store of a finished mosaic.")],
+    out: Annotated[Path | None, typer.Option(help="PNG to write; default: beside the store.")] = None,
+    period: Annotated[int, typer.Option(help="Which finished period, counted from 0; -1 is the last.")] = -1,
+    debug: Debug = False,
+) -> None:
+    """Make one picture that explains a mosaic: before, after, clear looks, source date, flags.
+
+    Example: [bold]cloudgate preview out/graz.zarr --out graz.png[/bold]
+    """
+    with _kind(debug):
+        from pipeline.view import preview as draw
+
+        print(draw(store=store, out=out or store.with_suffix(".preview.png"), period=period))
+
+
+@app.command()
+def doctor(
+    catalog: Annotated[str | None, typer.Option(help="Also ask this catalog (profile or URL).")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check this installation: libraries, GDAL, memory, cores, a test read and write; and say what to do.
+
+    Example: [bold]cloudgate doctor --catalog earth-search[/bold]
+    """
+    with _kind(debug):
+        from pipeline.doctor import check
+        from pipeline.progress import show_checks
+
+        checks = check(catalog=catalog)
+        if as_json:
+            _print_json([c.__dict__ for c in checks])
+        else:
+            show_checks(checks)
+        if not all(c.ok for c in checks):
+            raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the command ``cloudgate``."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        typer.secho(
+            "cloudgate: interrupted; the same command goes on where it stopped", err=True, fg=typer.colors.YELLOW
+        )
+        sys.exit(130)

@@ -1,0 +1,408 @@
+"""The job file: in comes YAML, out comes a checked, frozen ``Job``; every field is documented here.
+
+Inputs named in the file are relative to the file, outputs to the working directory; ``${VAR}`` expands.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+from os import environ
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.bands import check_bands
+from pipeline.errors import CloudgateError, ConfigError
+from pipeline.profiles import MaskRule
+
+METHODS = ("median", "p25", "mean", "medoid", "geomedian", "nearest", "linear", "decay", "regression")
+SHOWS_DATE = ("nearest", "linear", "regression")
+"""Methods that show a date (an anchor is completed); the others show the whole span."""
+
+
+def _strict_date(value: Any) -> Any:
+    if isinstance(value, int | float):
+        raise ValueError("a date such as 2023-08-01 is needed")
+    return value
+
+
+Day = Annotated[date, BeforeValidator(_strict_date)]
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Area(_Base):
+    """Where: exactly one of the three."""
+
+    bbox: tuple[float, float, float, float] | None = Field(
+        None, description="[west, south, east, north] in degrees; west > east crosses the antimeridian"
+    )
+    geojson: Path | None = Field(None, description="polygon file in degrees; outside it is no data, flagged")
+    mgrs: str | None = Field(None, description="an MGRS tile such as 33TWM")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        given = [name for name in ("bbox", "geojson", "mgrs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of bbox, geojson, mgrs (got {', '.join(given) or 'none'})")
+        return self
+
+    @field_validator("bbox")
+    @classmethod
+    def _degrees(cls, value: tuple[float, float, float, float] | None) -> tuple[float, float, float, float] | None:
+        if value is None:
+            return None
+        west, south, east, north = value
+        if abs(south) > 90 or abs(north) > 90:
+            raise ValueError(
+                f"latitudes {south} and {north} must lie within -90..90; is the order [west, south, east, north]?"
+            )
+        if abs(west) > 180 or abs(east) > 180:
+            raise ValueError(f"longitudes {west} and {east} must lie within -180..180")
+        if north <= south:
+            raise ValueError(
+                f"north ({north}) must be greater than south ({south}); the order is [west, south, east, north]"
+            )
+        if west == east:
+            raise ValueError(f"the box is empty: west and east are both {west}")
+        width = (east - west) % 360
+        if width > 180:
+            raise ValueError(f"the box is {width:.1f} degrees wide; split what is wider than 180 degrees")
+        return value
+
+    @field_validator("mgrs")
+    @classmethod
+    def _tile(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(T)?(0?[1-9]|[1-5]\d|60)[C-HJ-NP-X][A-HJ-NP-Z][A-HJ-NP-V]", value):
+            raise ValueError(f"{value!r} is no MGRS tile; it looks like 33TWM")
+        return value.removeprefix("T").zfill(5) if value else value
+
+
+class GridSpec(_Base):
+    """On which pixels."""
+
+    crs: str = Field("utm", description="utm (zone of the centre) or a projected EPSG code such as EPSG:3035")
+    resolution_m: float = Field(10, gt=0, description="pixel size in metres")
+    shard_px: int = Field(2048, ge=16, description="side of a Zarr shard, the unit of writing, in pixels")
+
+    @field_validator("shard_px")
+    @classmethod
+    def _multiple(cls, value: int) -> int:
+        if value > 512 and value % 512:
+            raise ValueError(f"{value} must be a multiple of 512 (the chunk) or at most 512")
+        return value
+
+
+class TimeSpec(_Base):
+    """When: one span, or one mosaic per period."""
+
+    start: Day = Field(description="first solar day, inclusive")
+    end: Day = Field(description="last solar day, inclusive")
+    every: Literal["month", "quarter", "year", "10 days", "week"] | None = Field(
+        None, description="one mosaic per period"
+    )
+    lookback_days: int = Field(0, ge=0, description="also use looks from so many days before each period")
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.end < self.start:
+            raise ValueError(f"end ({self.end}) is before start ({self.start}); swap them")
+        return self
+
+
+class Method(_Base):
+    """How looks become one pixel. Options beside the name belong to the method."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field("regression", description=" | ".join(METHODS))
+    anchor_min_clear: float = Field(
+        0.2, ge=0, le=1, description="share of clear ground an anchor must show in its swath"
+    )
+    anchor_max_days: int = Field(16, ge=0, description="an anchor lies at most so many days from the target")
+    blend_m: float = Field(2000, ge=0, description="width in metres of the strip between swaths of different anchors")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in METHODS:
+            near = difflib.get_close_matches(value, METHODS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown method {value!r}{hint}; known are {', '.join(METHODS)}")
+        return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def shows_date(self) -> bool:
+        """Whether the method completes an acquisition instead of summarising the span."""
+        return self.name in SHOWS_DATE
+
+
+class Mask(_Base):
+    """Which looks are clouded. Growth is in metres on the ground."""
+
+    source: str | None = Field(
+        None, description="scl (default where the profile says so), omnicloudmask, or s2cloudless"
+    )
+    asset: str | None = Field(None, description="mask raster in the items instead of the profile's, such as clm")
+    cloud: tuple[int, ...] | None = Field(None, description="classes of that raster that are cloud")
+    shadow: tuple[int, ...] | None = Field(None, description="classes of that raster that are shadow")
+    bits: dict[str, tuple[int, ...]] | None = Field(None, description="bit numbers: {cloud: [1, 2], shadow: [3]}")
+    threshold: float | None = Field(
+        None, description="for a probability raster: cloud from this value on, its own unit"
+    )
+    nodata: int | None = Field(None, description="value of that raster that means no data")
+    open_m: float | None = Field(
+        None, ge=0, description="drop specks of cloud smaller than this; default 40 for scl, else 0"
+    )
+    cloud_grow_m: float = Field(100, ge=0, description="grow cloud by so many metres")
+    shadow_grow_m: float = Field(100, ge=0, description="grow shadow by so many metres")
+    temporal_check: bool = Field(True, description="mark looks brighter or darker than the other dates allow")
+
+    def rule(self, known: Sequence[MaskRule]) -> MaskRule | None:
+        """The rule of this job, None to leave the choice to the search.
+
+        Args:
+            known: the profile's rules, the default first (a raster named without classes is read by them).
+
+        Raises:
+            ConfigError: for a raster whose classes nobody knows.
+        """
+        if self.asset is None and self.bits is None and self.threshold is None and self.cloud is None:
+            return None
+        by_asset = {rule.asset: rule for rule in reversed(known)}
+        asset = self.asset or (known[0].asset if known else "scl")
+        if self.bits is not None:
+            bits = self.bits
+            return MaskRule(
+                kind="bits",
+                asset=asset,
+                cloud=bits.get("cloud", ()),
+                shadow=bits.get("shadow", ()),
+                nodata=self.nodata,
+            )
+        if self.threshold is not None:
+            return MaskRule(kind="probability", asset=asset, threshold=self.threshold, nodata=self.nodata)
+        if self.cloud is None:
+            if asset in by_asset:
+                return by_asset[asset]
+            if asset.lower().startswith("scl"):
+                return MaskRule(kind="scl", asset=asset, cloud=(8, 9, 10), shadow=(3,), nodata=0)
+            raise ConfigError(
+                f"mask.asset: {asset!r} needs to know its classes; add cloud: [..] and shadow: [..], bits, or threshold"
+            )
+        return MaskRule(kind="classes", asset=asset, cloud=self.cloud, shadow=self.shadow or (), nodata=self.nodata)
+
+    def opening_m(self, kind: str) -> float:
+        """The opening in metres: the given one, else 40 for SCL and 0 for all others."""
+        return self.open_m if self.open_m is not None else (40.0 if kind == "scl" else 0.0)
+
+
+class Output(_Base):
+    """Where the mosaic goes."""
+
+    store: str | None = Field(None, description="Zarr store, relative to the working directory")
+
+
+class Cluster(_Base):
+    """What computes."""
+
+    kind: Literal["local", "address"] = Field("local", description="local processes, or a running Dask scheduler")
+    workers: int = Field(2, ge=1, description="worker processes (local)")
+    threads_per_worker: int = Field(4, ge=1, description="reads in flight per worker")
+    address: str | None = Field(None, description="tcp://host:port of the scheduler (kind: address)")
+
+    @model_validator(mode="after")
+    def _address(self) -> Self:
+        if self.kind == "address" and not self.address:
+            raise ValueError("kind: address needs address: tcp://host:port")
+        return self
+
+
+class Limits(_Base):
+    """What must not be exceeded."""
+
+    memory_gb_per_worker: float = Field(4, gt=0.5, description="memory of one worker process in GB (10^9 bytes)")
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="share of (item, band, task) reads that may fail")
+
+
+class Job(_Base):
+    """One request for mosaics."""
+
+    name: str = Field("mosaic", description="shown in logs and in the store")
+    catalog: str = Field(description="a profile, a STAC API URL, or a path to an ItemCollection or static catalog")
+    profile: str | None = Field(None, description="profile for a path or URL; default: detected from the items")
+    collection: str | None = Field(None, description="collection id; default: the profile's")
+    area: Area
+    grid: GridSpec = GridSpec()
+    bands: tuple[str, ...] = Field(("blue", "green", "red", "nir"), description="band names, or B02, B8A ...")
+    time: TimeSpec
+    target: Literal["start", "middle", "end"] | Day = Field(
+        "middle",
+        description="date the mosaic shows: start, middle or end of each period, or a date when `every` is absent",
+    )
+    max_cloud_cover: float = Field(100, ge=0, le=100, description="leave out scenes cloudier than this, percent")
+    method: Method = Method()
+    mask: Mask = Mask()
+    offset_dn: int | None = Field(None, description="override: BOA offset in DN of every item (0 or -1000)")
+    output: Output = Output()
+    cluster: Cluster = Cluster()
+    limits: Limits = Limits()
+
+    @field_validator("bands", mode="after")
+    @classmethod
+    def _bands(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return check_bands(value)
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("bands: ")) from error
+
+    @model_validator(mode="after")
+    def _target(self) -> Self:
+        if isinstance(self.target, date):
+            if self.time.every:
+                raise ValueError(
+                    f"target: the date {self.target} and time.every exclude each other; use start, middle or end"
+                )
+            first = self.time.start - timedelta(days=self.time.lookback_days)
+            if not first <= self.target <= self.time.end:
+                raise ValueError(
+                    f"target: {self.target} lies outside the span {first} to {self.time.end}; move one of them"
+                )
+        return self
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, str):
+
+        def one(match: re.Match[str]) -> str:
+            name = match.group(1)
+            if name not in environ:
+                raise ConfigError(f"job: ${{{name}}} is not set in the environment; export {name}=... first")
+            return environ[name]
+
+        return re.sub(r"\$\{(\w+)\}", one, value)
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    return [_expand(item) for item in value] if isinstance(value, list) else value
+
+
+def _set(data: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator:
+        raise ConfigError(f"--set: {assignment!r} is not key=value; write for example --set method.name=median")
+    node = data
+    *parents, last = key.split(".")
+    for part in parents:
+        child = node.get(part)
+        node[part] = node = dict(child) if isinstance(child, Mapping) else {}
+    node[last] = yaml.safe_load(text)
+
+
+def _hint(loc: Sequence[str | int]) -> str:
+    model: Any = Job
+    for part in loc[:-1]:
+        model = getattr(model, "model_fields", {}).get(str(part))
+        model = getattr(model, "annotation", None)
+    known = list(getattr(model, "model_fields", {}))
+    near = difflib.get_close_matches(str(loc[-1]), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else (f"; known are {', '.join(known)}" if known else "")
+
+
+def explain(error: ValidationError, what: str) -> str:
+    """A validation error as one paragraph: what, field, value, way out."""
+    lines = []
+    for fault in error.errors()[:3]:
+        loc = [part for part in fault["loc"] if not str(part).startswith(("literal[", "function-"))]
+        where = ".".join(str(part) for part in loc)
+        kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden":
+            lines.append(f"{where}: there is no such field{_hint(loc)}")
+        elif kind == "missing":
+            lines.append(f"{where}: this field is required")
+        elif loc:
+            given = fault.get("input")
+            shown = f" (got {given!r})" if not isinstance(given, dict) and repr(given) not in message else ""
+            lines.append(f"{where}: {message}{shown}")
+        else:
+            lines.append(message)
+    return f"{what}: " + "; ".join(lines)
+
+
+def load_job(path: Path | str, *, overrides: Sequence[str] = (), store: str | None = None) -> Job:
+    """Read a job file.
+
+    Args:
+        path: YAML file; relative inputs (catalog path, geojson, profile) are taken from its folder.
+        overrides: ``key=value`` pairs with dotted keys, values in YAML (``method.name=median``).
+        store: replaces ``output.store``.
+
+    Raises:
+        ConfigError: for a missing file, broken YAML, an unknown field, or a value out of range.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"job: there is no file {path}; give the path of a job YAML, or try `cloudgate demo` first"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"job {path}: not readable as YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"job {path}: a mapping of fields is needed, got {type(data).__name__}; see `cloudgate mosaic --help`"
+        )
+    data = _expand(data)
+    for assignment in overrides:
+        _set(data, assignment)
+    if store:
+        data["output"] = {**(data.get("output") or {}), "store": store}
+    return job_from_dict(data, folder=path.parent, what=f"job {path}")
+
+
+def job_from_dict(data: Mapping[str, Any], *, folder: Path | None = None, what: str = "job") -> Job:
+    """Check a mapping as a job; relative inputs are taken from ``folder``.
+
+    Raises:
+        ConfigError: as ``load_job``.
+    """
+    try:
+        job = Job(**data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, what)) from error
+    except CloudgateError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    if folder is None:
+        return job
+    update: dict[str, Any] = {}
+    if "://" not in job.catalog and (folder / job.catalog).exists():
+        update["catalog"] = str(folder / job.catalog)
+    if job.profile and (folder / job.profile).is_file():
+        update["profile"] = str(folder / job.profile)
+    if job.area.geojson and not job.area.geojson.is_absolute():
+        update["area"] = job.area.model_copy(update={"geojson": folder / job.area.geojson})
+    return job.model_copy(update=update)
+
+
+def job_json(job: Job) -> dict[str, Any]:
+    """The job as plain JSON values."""
+    out: dict[str, Any] = json.loads(job.model_dump_json())
+    return out

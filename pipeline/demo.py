@@ -1,0 +1,178 @@
+"""The demo: in comes a folder, out come a simulated region, a mosaic of it made by the main job, and its errors.
+
+Scenes are written as COGs with items shaped as Earth Search shapes them, served on loopback (STAC API and HTTP range
+requests), and run through the same code as any job. What stays behind works without the servers.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import yaml
+from numpy.typing import NDArray
+
+from pipeline import metrics
+from pipeline.bands import to_reflectance
+from pipeline.config import METHODS, Job, Method, load_job
+from pipeline.grid import Grid
+from pipeline.items import EPOCH
+from pipeline.mosaic import Progress, Silent, Summary, build
+from pipeline.reader import close_handles
+from pipeline.records import RunFolder, write_whole
+from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
+from pipeline.scenes import DemoScenes, served_items, write_demo
+from pipeline.serve import RangeServer, StacServer
+from pipeline.tasks import compose_window
+from pipeline.view import preview
+
+BANDS = ("blue", "green", "red", "nir")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Errors of one method against the truth, reflectance: in the gaps of the target date, and everywhere."""
+
+    method: str
+    gap_mae: float
+    gap_psnr: float
+    all_mae: float
+    unfilled: int
+
+
+@dataclass
+class DemoResult:
+    """What the demo made."""
+
+    folder: Path
+    summary: Summary
+    scores: list[Score] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def demo_job(scenes: DemoScenes, folder: Path) -> dict[str, Any]:
+    """The job file of the demo, as a mapping; hrefs and store are relative to the file's folder."""
+    return {
+        "name": "demo",
+        "catalog": scenes.items.relative_to(folder).as_posix(),
+        "area": {"bbox": [round(v, 6) for v in _bbox(scenes)]},
+        "grid": {"crs": f"EPSG:{scenes.epsg}", "resolution_m": 10, "shard_px": 512},
+        "bands": list(BANDS),
+        "time": {"start": scenes.start.isoformat(), "end": scenes.end.isoformat()},
+        "target": scenes.target.isoformat(),
+        "method": {"name": "regression"},
+        "output": {"store": str(folder / "mosaic.zarr")},
+        "cluster": {"kind": "local", "workers": 2},
+    }
+
+
+def _bbox(scenes: DemoScenes) -> tuple[float, float, float, float]:
+    """Degrees of a box well inside the area both tiles cover together."""
+    height, width = scenes.size_px
+    grid = Grid(
+        f"EPSG:{scenes.epsg}",
+        10.0,
+        (0.0, 0.0),
+        -round(scenes.north_m / 10),
+        round(scenes.west_m / 10),
+        height,
+        width,
+    )
+    return grid.padded(-12).lonlat_bounds()
+
+
+def run_demo(out: Path, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:
+    """Run the demo in a folder.
+
+    Leaves ``mosaic.zarr``, ``preview.png``, ``job.yaml``, ``scenes/`` (COGs, items, truth). An existing demo in the
+    folder is replaced.
+
+    Raises:
+        RunError: if a server does not start, or the job fails.
+    """
+    progress = progress or Silent()
+    out = Path(out)
+    marks = [time.perf_counter()]
+    progress.say(f"simulating two MGRS tiles, 16 passes, under {out / 'scenes'}")
+    scenes = write_demo(out / "scenes", seed=seed, bands=BANDS)
+    (out / "job.yaml").write_text(_job_text(demo_job(scenes, out)))
+    marks.append(time.perf_counter())
+    with RangeServer(scenes.items.parent) as files, tempfile.TemporaryDirectory() as folder:
+        served = Path(folder) / "items.json"
+        served.write_text(json.dumps(served_items(scenes.items, files.url)))
+        with StacServer(served) as api:
+            progress.say(f"serving {scenes.n_items} items at {api.url} and their COGs at {files.url}")
+            job = load_job(out / "job.yaml")
+            request = resolve(job.model_copy(update={"catalog": api.url}))
+            request = replace(request, job=job)
+            result = DemoResult(out, build(job=job, restart=True, progress=progress, request=request))
+            marks.append(time.perf_counter())
+            result.scores = score_methods(request, scenes.truth, progress)
+        close_handles()
+        _keep_offline(out / "mosaic.zarr", files.url, scenes.items.parent)
+    preview(store=out / "mosaic.zarr", out=out / "preview.png")
+    marks.append(time.perf_counter())
+    result.seconds = dict(zip(("simulate", "job", "scores"), np.diff(marks).round(1).tolist(), strict=True))
+    return result
+
+
+def _job_text(job: dict[str, Any]) -> str:
+    return (
+        "# The demo's job. Run it again, or try: cloudgate mosaic job.yaml --set method.name=median --out median.zarr\n"
+        + (yaml.safe_dump(job, sort_keys=False))
+    )
+
+
+def _keep_offline(store: Path, url: str, folder: Path) -> None:
+    """Point the frozen items at the files, since the server is about to end."""
+    path = RunFolder(store).path / "items.json"
+    write_whole(path, path.read_text().replace(f"{url}/", f"{folder.absolute().as_posix()}/").encode())
+
+
+def truth_at(folder: Path, kind: str, grid: Grid, bands: tuple[str, ...]) -> NDArray[np.float32]:
+    """(band, y, x) float32 reflectance of the truth on the grid, NaN outside; ``kind`` is surface or clear_look."""
+    out = np.zeros((len(bands), *grid.shape), np.uint16)
+    for number, band in enumerate(bands):
+        out[number] = _window(folder / kind / f"{band}.tif", grid, 0)
+    return to_reflectance(out)
+
+
+def _window(path: Path, grid: Grid, fill: int) -> NDArray[Any]:
+    with rasterio.open(path) as source:
+        window = rasterio.windows.from_bounds(*grid.bounds, transform=source.transform).round()
+        return np.asarray(source.read(1, window=window, boundless=True, fill_value=fill))
+
+
+def score_methods(request: Request, truth: Path, progress: Progress, methods: tuple[str, ...] = METHODS) -> list[Score]:
+    """Compose the whole area with each method and compare with the truth of the target's pass."""
+    grid, period = request.grid, request.schedule[0]
+    acquisitions = acquisitions_of(request, period)
+    wanted = truth_at(truth, "clear_look", grid, request.job.bands)
+    known = np.isfinite(wanted).all(axis=0)
+    state = _window(truth / "state" / f"{(np.datetime64(EPOCH) + period.target)}.tif", grid, 255)
+    gaps = known & (state > 0)
+    scores = []
+    progress.begin("methods", len(methods))
+    for name in methods:
+        job: Job = request.job.model_copy(update={"method": Method(name=name)})
+        asked = replace(request, job=job)
+        recipe = recipe_of(asked, period, acquisitions, survey(asked, period, acquisitions))
+        block = compose_window(replace(recipe, cut_px=1024), (0, grid.height), (0, grid.width))
+        made = to_reflectance(block.codes)
+        filled = np.isfinite(made).all(axis=0)
+        predicted = np.nan_to_num(made)
+        scores.append(
+            Score(
+                name,
+                metrics.mae(predicted=predicted, truth=wanted, scored=gaps & filled),
+                metrics.psnr(predicted=predicted, truth=wanted, scored=gaps & filled),
+                metrics.mae(predicted=predicted, truth=wanted, scored=known & filled),
+                int(np.count_nonzero(~filled)),
+            )
+        )
+        progress.step(1)
+    return scores

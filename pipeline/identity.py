@@ -1,0 +1,62 @@
+"""Whose store is it? In come a job and a store with its run records, out comes leave to go on, or a clear refusal.
+
+A store is identified by grid, bands and layout; a period by its frozen items, time, target, mask, method and options.
+Cluster, limits, paths and worker counts never matter; only a raised ``RESULT_VERSION`` refuses to go on.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline import store as stores
+from pipeline.config import Job, job_json
+from pipeline.errors import StoreMismatchError
+from pipeline.records import RunFolder
+
+RESULT_VERSION: Final = 1
+"""Raised when the same request gives other pixels than before; a store of another version is not gone on with."""
+
+
+def wish_of(job: Job) -> dict[str, Any]:
+    """The fields of a job that shape pixels: what a run record must agree with to go on."""
+    fields = job_json(job)
+    for name in ("name", "output", "cluster", "limits"):
+        fields.pop(name)
+    fields["grid"] = dict(fields["grid"])
+    return {
+        **fields,
+        "catalog": str(job.catalog),
+        "result_version": RESULT_VERSION,
+        "layout": stores.LAYOUT_VERSION,
+    }
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names[:3])
+
+
+def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool) -> None:
+    """Refuse a store of another request; with ``restart`` forget ours.
+
+    Raises:
+        StoreMismatchError: with what differs and the ways out.
+    """
+    attrs = stores.read_attrs(path)
+    if restart:
+        stores.remove(path)
+        run.forget()
+        return
+    old = run.read("request.json")
+    if old is None:
+        if attrs is not None:
+            raise StoreMismatchError(
+                f"output.store: {path} is finished and its run records ({run.path}) are gone; choose another store, or --restart"
+            )
+        return
+    new = json.loads(json.dumps(wish_of(job), default=str))
+    if old["wish"] != new:
+        raise StoreMismatchError(
+            f"output.store: {path} belongs to another request ({_differences(old['wish'], new)}); choose another store with "
+            "--out, or start over with --restart (removes it)"
+        )

@@ -1,0 +1,160 @@
+"""What a person sees while it runs: in come steps and answers, out come a live bar on a terminal or plain lines."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from pipeline.frozen import SearchResult
+from pipeline.items import day_text, solar_day
+from pipeline.planning import Plan
+
+
+class Terminal:
+    """Draws a bar with units, MB/s and the time left; where the output is no terminal, a line every ten percent."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = (
+            TextColumn("{task.description:>8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Bar(*columns, console=console, transient=False) if console.is_terminal else None
+        self.task: TaskID | None = None
+        self.what, self.total, self.done, self.megabytes, self.began, self.told = "", 0, 0, 0.0, 0.0, 0
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def begin(self, what: str, total: int) -> None:
+        """A step of ``total`` units begins."""
+        self.what, self.total, self.done, self.megabytes, self.told = what, total, 0, 0.0, 0
+        self.began = time.perf_counter()
+        if self.bar:
+            self.task = self.bar.add_task(what, total=total, rate="")
+
+    def step(self, units: int, *, megabytes: float = 0.0) -> None:
+        """So many units are done, so many megabytes were read for them."""
+        self.done += units
+        self.megabytes += megabytes
+        seconds = max(time.perf_counter() - self.began, 1e-3)
+        rate = f"{self.megabytes / seconds:.0f} MB/s" if self.megabytes else ""
+        if self.bar and self.task is not None:
+            self.bar.update(self.task, advance=units, rate=rate)
+        elif 10 * self.done // max(self.total, 1) > self.told:
+            self.told = 10 * self.done // max(self.total, 1)
+            left = seconds / self.done * (self.total - self.done)
+            self.say(f"{self.what} {self.done}/{self.total} {rate} {left:.0f} s left".replace("  ", " "))
+
+
+@contextmanager
+def terminal(*, quiet: bool = False) -> Iterator[Terminal]:
+    """A progress display on standard error; ``quiet`` shows nothing."""
+    shown = Terminal(Console(file=sys.stderr, quiet=quiet))
+    if shown.bar and not quiet:
+        with shown.bar:
+            yield shown
+    else:
+        yield shown
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def show_items(found: SearchResult) -> None:
+    """Print the scenes of a search."""
+    console = Console()
+    table = _table(
+        f"{len(found.items)} scenes from {found.source}", "solar day", "id", "tile", "orbit", "baseline", "cloud %"
+    )
+    for item in found.items:
+        cloud = "" if item.cloud_cover is None else f"{item.cloud_cover:.0f}"
+        day = day_text(solar_day(item.when, found.longitude))
+        table.add_row(day, item.id, item.tile or "", str(item.orbit or ""), item.baseline or "", cloud)
+    console.print(table)
+    console.print(f"profile {found.profile.name}: {found.profile_why}; mask: {found.mask.asset} ({found.mask.kind})")
+    for name, why in found.dropped:
+        console.print(f"left out {name}: {why}", highlight=False)
+    for note in found.notes:
+        console.print(note, highlight=False)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print a plan."""
+    console = Console()
+    grid = plan.grid
+    console.print(f"{plan.source} ({plan.profile})", highlight=False, soft_wrap=True)
+    console.print(
+        f"grid {grid.width} x {grid.height} px at {grid.resolution_m:g} m, {grid.crs[:40]}, shards of {grid.shard_px} px"
+    )
+    for period in plan.periods:
+        table = _table(f"{period['start']} to {period['end']}, shows {period['target']}", "what", "value")
+        labels = {
+            "acquisitions": "acquisitions",
+            "scenes": "scenes",
+            "shards": "shards",
+            "tasks": "tasks",
+            "sub_block_px": "sub-block (px)",
+            "decoded_gb": "decoded (GB)",
+            "peak_memory_gb": "peak memory per worker (GB)",
+        }
+        for key, label in labels.items():
+            if key in period:
+                table.add_row(label, str(period[key]))
+        if "anchors" in period:
+            table.add_row("anchors", ", ".join(period["anchors"]))
+        console.print(table)
+        if "layers" in period:
+            layers = _table(
+                "acquisitions as the scout saw them", "acquisition", "covers %", "clear %", "suspicious %", ""
+            )
+            for layer in period["layers"]:
+                numbers = (f"{100 * layer[name]:.0f}" for name in ("valid_share", "clear_share", "suspicious_share"))
+                layers.add_row(layer["id"], *numbers, "rejected as a whole" if layer["fails"] else "")
+            console.print(layers)
+            reasons: dict[str, int] = {}
+            for offset in period["offsets"].values():
+                reasons[f"{offset['dn']} DN: {offset['why']}"] = (
+                    reasons.get(f"{offset['dn']} DN: {offset['why']}", 0) + 1
+                )
+            for reason, count in reasons.items():
+                console.print(f"offset {reason} ({count} scenes)", highlight=False)
+    for name, why in plan.dropped:
+        console.print(f"left out {name}: {why}", highlight=False)
+
+
+def show_status(status: dict[str, Any]) -> None:
+    """Print how far a store is."""
+    console = Console()
+    table = _table(status["store"], "period", "state", "shards", "filled %", "failed reads")
+    for period in status["periods"]:
+        filled = f"{period['filled_percent']:.2f}" if period.get("filled_percent") is not None else ""
+        table.add_row(
+            f"{period['start']} to {period['end']}", period["state"], f"{period['shards_done']}/{period['shards']}", filled,
+            str(period["failed_reads"]),
+        )  # fmt: skip
+    console.print(table)
+
+
+def show_checks(checks: Sequence[Any]) -> None:
+    """Print what the doctor found."""
+    console = Console()
+    for check in checks:
+        mark = "[green]ok[/green]  " if check.ok else "[red]bad[/red] "
+        console.print(
+            f"{mark} {check.name}: {check.found}" + (f"  -> {check.advice}" if check.advice else ""), highlight=False
+        )

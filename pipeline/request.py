@@ -1,0 +1,139 @@
+"""A job, resolved: in comes a ``Job``, out come its scenes, grid and periods, and a ``Recipe`` for each period."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import mask as masks
+from pipeline.block import check_method
+from pipeline.catalog import search
+from pipeline.config import Job
+from pipeline.frozen import SearchResult
+from pipeline.grid import Grid
+from pipeline.items import Acquisition, group_acquisitions
+from pipeline.periods import Period, periods
+from pipeline.planning import cut_origin
+from pipeline.profiles import load_profile
+from pipeline.reader import mask_lattice
+from pipeline.region import Region, region_of
+from pipeline.scout import Scouted, scout
+from pipeline.tasks import Recipe
+
+SEARCH_MARGIN_M = 5000.0
+"""Scenes so far around the area are used too, for growth, windows of the regression and strips between anchors."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job, resolved: where, which scenes, on which pixels, when."""
+
+    job: Job
+    region: Region
+    found: SearchResult
+    grid: Grid
+    schedule: tuple[Period, ...]
+
+
+def resolve(job: Job) -> Request:
+    """Check a job and search its catalog; nothing is written.
+
+    Raises:
+        RequestError: every fault of the request. CatalogError: if the catalog does not answer.
+    """
+    check_method(job.method)
+    region = region_of(job.area)
+    region.crs(job.grid)
+    schedule = tuple(periods(job))
+    is_place = "://" in job.catalog or Path(job.catalog).exists()
+    known = load_profile(job.profile or ("generic" if is_place else job.catalog))
+    found = search(
+        catalog=job.catalog,
+        bbox=region.lonlat_bounds(SEARCH_MARGIN_M),
+        start=job.time.start - timedelta(days=job.time.lookback_days),
+        end=job.time.end,
+        profile=job.profile,
+        collection=job.collection,
+        bands=job.bands,
+        mask=job.mask.rule((known.mask, *known.mask_alternatives)),
+        max_cloud_cover=None if job.max_cloud_cover >= 100 else job.max_cloud_cover,
+    )
+    grid = region.grid(job.grid, found.items, job.bands)
+    return Request(job, region, found, grid, schedule)
+
+
+def acquisitions_of(request: Request, period: Period) -> list[Acquisition]:
+    """The acquisitions whose solar day lies in the period or its look-back, in time order."""
+    grouped = group_acquisitions(list(request.found.items), request.found.longitude)
+    return [a for a in grouped if period.look_start <= a.day <= period.end]
+
+
+def mask_params(job: Job, kind: str) -> masks.MaskParams:
+    """The job's growth and checks; the opening depends on the kind of raster."""
+    return masks.MaskParams(
+        open_m=job.mask.opening_m(kind),
+        cloud_grow_m=job.mask.cloud_grow_m,
+        shadow_grow_m=job.mask.shadow_grow_m,
+        temporal_check=job.mask.temporal_check,
+    )
+
+
+def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisition], seen: Scouted | None) -> Recipe:
+    """Everything that decides the pixels of one period, for the workers; ``seen`` is None for a mere plan."""
+    job, grid, found = request.job, request.grid, request.found
+    everything = [i for a in acquisitions for i in a.items]
+    usable = {item.id: item for item in seen.apply(everything)} if seen else {}
+    layers = tuple(
+        replace(
+            a,
+            items=tuple(
+                usable.get(i.id, replace(i, offset_dn=0, offset_reason="unread by the scout")) for i in a.items
+            ),
+        )
+        for a in acquisitions
+    )
+    assets = [item.assets[found.mask.asset] for a in acquisitions for item in a.items]
+    factor, phase = mask_lattice(assets, grid)
+    inside = request.region.inside(grid)
+    return Recipe(
+        grid=grid,
+        bands=job.bands,
+        acquisitions=layers,
+        rule=found.mask,
+        params=mask_params(job, found.mask.kind),
+        factor=factor,
+        phase=phase,
+        method=job.method,
+        target=period.target,
+        rejected=tuple(layer.fails for layer in seen.layers) if seen else (False,) * len(acquisitions),
+        anchors=seen.anchors if seen else None,
+        profile=found.profile,
+        inside=None if inside is None else np.packbits(inside, axis=1),
+        cut_px=0,
+        origin=cut_origin(grid, [item for a in acquisitions for item in a.items], job.bands),
+        threads=job.cluster.threads_per_worker,
+    )
+
+
+def survey(
+    request: Request,
+    period: Period,
+    acquisitions: Sequence[Acquisition],
+    progress: Callable[[int, int], None] | None = None,
+) -> Scouted:
+    """Run the scout for one period; ``progress`` hears (done, all) after each scene."""
+    job, found = request.job, request.found
+    return scout(
+        acquisitions=acquisitions,
+        grid=request.grid,
+        bands=job.bands,
+        rule=found.mask,
+        params=mask_params(job, found.mask.kind),
+        profile=found.profile,
+        method=job.method,
+        target=period.target,
+        override_dn=job.offset_dn,
+        progress=progress,
+    )

@@ -1,0 +1,342 @@
+"""The scout: in come items and a grid, out comes what must be decided once for the whole area before any task runs.
+
+A cheap pass over coarse overviews of the cloud mask and the darkest band decides each item's BOA offset, each
+acquisition's clear share, whether it fails the temporal check as a whole, and the anchors. The decision is frozen with
+the items; every task obeys it.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import mask as masks
+from pipeline.anchors import AnchorMap, Candidate, build_map, choose
+from pipeline.bands import darkest
+from pipeline.codes import dn_to_codes
+from pipeline.config import Method
+from pipeline.errors import ItemError, ReadError, RunError
+from pipeline.grid import Grid
+from pipeline.items import Acquisition, Asset, Item
+from pipeline.profiles import MaskRule, Profile
+from pipeline.reader import read_window
+
+COARSE_PX: Final = 400
+"""Side of the coarse view of the whole area, in cells."""
+MIN_PIXELS: Final = 40
+"""Fewer clear, snow-free cells than this decide no offset."""
+OFFSET_P1: Final = 900
+"""With the +1000 inside, even dark ground has DN of about 1000: a first percentile from here on says it is inside."""
+SNOW_CLASS: Final = 11
+THREADS: Final = 8
+
+Read = Callable[[Asset, Grid, str], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One acquisition as the scout saw it: shares are of the area (valid) and of its own valid ground (clear)."""
+
+    id: str
+    day: int
+    valid_share: float
+    clear_share: float
+    suspicious_share: float
+    fails: bool
+
+
+@dataclass(frozen=True)
+class Scouted:
+    """The scout's decisions.
+
+    Attributes:
+        offsets: item id -> (offset in DN, reason).
+        layers: one per acquisition, in time order.
+        anchors: which acquisition to complete where; None for methods that show a span.
+        unread: item id -> message of scenes that could not be read.
+    """
+
+    offsets: dict[str, tuple[int, str]]
+    layers: tuple[Layer, ...]
+    anchors: AnchorMap | None
+    unread: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "offsets": {key: list(value) for key, value in self.offsets.items()},
+            "layers": [layer.__dict__ for layer in self.layers],
+            "anchors": self.anchors.to_dict() if self.anchors else None,
+            "unread": self.unread,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of ``to_dict``."""
+        return cls(
+            {key: (value[0], value[1]) for key, value in data["offsets"].items()},
+            tuple(Layer(**layer) for layer in data["layers"]),
+            AnchorMap.from_dict(data["anchors"]) if data["anchors"] else None,
+            data["unread"],
+        )
+
+    def apply(self, items: Sequence[Item]) -> list[Item]:
+        """The items with their decided offsets."""
+        return [
+            replace(item, offset_dn=self.offsets[item.id][0], offset_reason=self.offsets[item.id][1])
+            for item in items
+            if item.id in self.offsets
+        ]
+
+
+def coarse_grid(grid: Grid, margin_m: float) -> tuple[Grid, int]:
+    """(grid of coarse cells around ``grid`` with a margin, side of a cell in pixels); cells lie on the global lattice."""
+    margin = round(margin_m / grid.resolution_m)
+    cell = 1
+    while max(grid.shape) / cell > COARSE_PX:
+        cell *= 2
+    top, left = (grid.row0 - margin) // cell, (grid.col0 - margin) // cell
+    bottom = -(-(grid.row0 + grid.height + margin) // cell)
+    right = -(-(grid.col0 + grid.width + margin) // cell)
+    coarse = Grid(
+        grid.crs, grid.resolution_m * cell, grid.phase_m, top, left, bottom - top, right - left, grid.shard_px
+    )
+    return coarse, cell
+
+
+@dataclass
+class _View:
+    """One item, coarse: raw class values, state, DN of the darkest band (None where unreadable)."""
+
+    item: Item
+    classes: NDArray[Any]
+    state: NDArray[np.uint8]
+    dark: NDArray[Any]
+
+
+def scout(
+    *,
+    acquisitions: Sequence[Acquisition],
+    grid: Grid,
+    bands: Sequence[str],
+    rule: MaskRule,
+    params: masks.MaskParams,
+    profile: Profile,
+    method: Method,
+    target: int,
+    override_dn: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scouted:
+    """Look at all acquisitions coarsely and decide what holds for the whole area.
+
+    Args:
+        acquisitions: in time order.
+        grid: the mosaic's grid.
+        bands: bands of the job.
+        rule: how the mask's raster is read.
+        params: growth and checks.
+        profile: offset policy, read settings.
+        method: its anchor settings.
+        target: the day to show, days since 1970-01-01.
+        override_dn: the job's own offset for every item.
+        progress: called with (done, all) after each item.
+
+    Raises:
+        ItemError: for an item whose offset cannot be decided. RunError: if no item at all can be read.
+    """
+    coarse, cell = coarse_grid(grid, method.blend_m if method.shows_date else 0)
+    dark = bands[darkest(bands)]
+    items = [item for acquisition in acquisitions for item in acquisition.items]
+    views, unread = _look(items, coarse, dark, rule, profile, progress)
+    offsets = decide_offsets(views.values(), dark, profile, override_dn)
+    state, codes = _fuse(acquisitions, views, offsets, dark, coarse)
+    layers, footprints = _judge(acquisitions, state, codes, coarse, cell, grid, params)
+    anchors = None
+    if method.shows_date:
+        candidates = [
+            Candidate(i, layer.day - target, layer.clear_share, acquisitions[i].orbit, layer.fails, footprints[i])
+            for i, layer in enumerate(layers)
+        ]
+        chosen = choose(candidates, min_clear=method.anchor_min_clear, max_days=method.anchor_max_days)
+        anchors = build_map(
+            chosen,
+            cell_px=cell,
+            row0=coarse.row0,
+            col0=coarse.col0,
+            shape=coarse.shape,
+            blend_cells=method.blend_m / coarse.resolution_m,
+        )
+    return Scouted(offsets, layers, anchors, unread)
+
+
+def _look(
+    items: Sequence[Item],
+    coarse: Grid,
+    dark: str,
+    rule: MaskRule,
+    profile: Profile,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, _View], dict[str, str]]:
+    views: dict[str, _View] = {}
+    unread: dict[str, str] = {}
+
+    def one(item: Item) -> _View | str:
+        try:
+            classes = read_window(item.assets[rule.asset], coarse, kind="classes", profile=profile)
+            values = read_window(item.assets[dark], coarse, kind="reflectance", profile=profile)
+        except ReadError as error:
+            return str(error)
+        return _View(item, classes, masks.apply_rule(classes, rule), values)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for number, (item, view) in enumerate(zip(items, pool.map(one, items), strict=True), 1):
+            if isinstance(view, str):
+                unread[item.id] = view
+            else:
+                views[item.id] = view
+            if progress:
+                progress(number, len(items))
+    if items and not views:
+        first = next(iter(unread.values()))
+        raise RunError(f"scout: none of the {len(items)} scenes can be read; the first failed with: {first}")
+    return views, unread
+
+
+def decide_offsets(
+    views: Any, dark: str, profile: Profile, override_dn: int | None = None
+) -> dict[str, tuple[int, str]]:
+    """Decide each item's additive offset in DN: override, policy, flag, explicit offset, baseline with the pixel check.
+
+    Raises:
+        ItemError: where nothing decides, not even the tile's other dates.
+    """
+    decided: dict[str, tuple[int, str]] = {}
+    open_views: list[tuple[_View, str]] = []
+    by_pixels: dict[str | None, list[int]] = {}
+    for view in views:
+        answer = _decide(view, dark, profile, override_dn)
+        if isinstance(answer, str):
+            open_views.append((view, answer))
+            continue
+        decided[view.item.id] = answer
+        if "percentile" in answer[1]:
+            by_pixels.setdefault(view.item.tile, []).append(answer[0])
+    for view, why in open_views:
+        votes = by_pixels.get(view.item.tile, [])
+        if votes and len(set(votes)) == 1:
+            decided[view.item.id] = (
+                votes[0],
+                f"as the {len(votes)} other dates of tile {view.item.tile}; {why}",
+            )
+        else:
+            raise ItemError(
+                f"item {view.item.id}: whether its pixels hold the +1000 offset of baseline 04.00 cannot be decided ({why}, "
+                f"and the tile's other dates do not settle it); set offset_dn: 0 or offset_dn: -1000 in the job"
+            )
+    return decided
+
+
+def _decide(view: _View, dark: str, profile: Profile, override_dn: int | None) -> tuple[int, str] | str:
+    """(offset, reason), or in words why it is open."""
+    item, policy = view.item, profile.offset.policy
+    if override_dn is not None:
+        return override_dn, "override of the job"
+    if policy == "none":
+        return 0, f"{profile.name} carries no offset"
+    if policy == "flag" and item.boa_offset_applied:
+        return 0, f"flag {profile.offset.flag} is true"
+    asset = item.assets[dark]
+    if policy == "metadata" and asset.offset is not None:
+        return round(asset.offset / asset.scale), "offset in the metadata"
+    baseline = float(item.baseline) if item.baseline else None
+    if baseline is not None and baseline < 4:
+        return 0, f"baseline {item.baseline} is before 04.00"
+    usable = (view.state == masks.CLEAR) & (view.dark != (asset.nodata or 0)) & (view.classes != SNOW_CLASS)
+    if np.count_nonzero(usable) < MIN_PIXELS:
+        return f"baseline {item.baseline or 'unknown'}, only {np.count_nonzero(usable)} clear snow-free cells"
+    p1 = float(np.percentile(view.dark[usable], 1))
+    if p1 < OFFSET_P1:
+        return 0, f"first percentile of clear {dark} is {p1:.0f} DN, below {OFFSET_P1}"
+    if baseline is None:
+        return f"baseline unknown, first percentile of clear {dark} is {p1:.0f} DN"
+    return -1000, f"baseline {item.baseline}, first percentile of clear {dark} is {p1:.0f} DN"
+
+
+def _fuse(
+    acquisitions: Sequence[Acquisition],
+    views: dict[str, _View],
+    offsets: dict[str, tuple[int, str]],
+    dark: str,
+    coarse: Grid,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """State and codes per acquisition, (T, h, w): first clear scene by id, else the first with data."""
+    state = np.zeros((len(acquisitions), *coarse.shape), np.uint8)
+    codes = np.zeros(state.shape, np.uint16)
+    for layer, acquisition in enumerate(acquisitions):
+        for item in acquisition.items:
+            if item.id not in views:
+                continue
+            view = views[item.id]
+            values = dn_to_codes(view.dark, item.assets[dark], offsets[item.id][0])
+            seen = np.where(values == 0, masks.NODATA, view.state)
+            take = (seen != masks.NODATA) & (
+                (state[layer] == masks.NODATA) | ((state[layer] != masks.CLEAR) & (seen == masks.CLEAR))
+            )
+            np.copyto(state[layer], seen, where=take)
+            np.copyto(codes[layer], values, where=take)
+    return state, codes
+
+
+def _judge(
+    acquisitions: Sequence[Acquisition],
+    state: NDArray[np.uint8],
+    codes: NDArray[np.uint16],
+    coarse: Grid,
+    cell: int,
+    grid: Grid,
+    params: masks.MaskParams,
+) -> tuple[tuple[Layer, ...], NDArray[np.bool_]]:
+    """Clear shares within the area, and which acquisitions the temporal check rejects as a whole."""
+    days = np.array([a.day for a in acquisitions], np.int32)
+    layers = masks.mask_block(
+        state=state,
+        factor=1,
+        offset=(0, 0),
+        codes=codes,
+        nir=None,
+        days=days,
+        resolution_m=coarse.resolution_m,
+        params=params,
+    )
+    footprints = codes != 0
+    cloud, shadow = masks.grow(
+        state=state,
+        resolution_m=coarse.resolution_m,
+        open_m=params.open_m,
+        cloud_grow_m=params.cloud_grow_m,
+        shadow_grow_m=params.shadow_grow_m,
+    )
+    before = footprints & ~cloud & ~shadow & (state != masks.NODATA)
+    rows = slice(max(grid.row0 // cell - coarse.row0, 0), -(-(grid.row0 + grid.height) // cell) - coarse.row0)
+    cols = slice(max(grid.col0 // cell - coarse.col0, 0), -(-(grid.col0 + grid.width) // cell) - coarse.col0)
+    out = []
+    for i, acquisition in enumerate(acquisitions):
+        valid = footprints[i][rows, cols]
+        clear, claimed = layers.clear[i][rows, cols], before[i][rows, cols]
+        ground, claimed_count = max(np.count_nonzero(valid), 1), max(np.count_nonzero(claimed), 1)
+        suspicious = 1 - np.count_nonzero(clear & claimed) / claimed_count if claimed.any() else 0.0
+        fails = params.temporal_check and masks.scene_fails(suspicious)
+        out.append(
+            Layer(
+                acquisition.id,
+                acquisition.day,
+                round(np.count_nonzero(valid) / valid.size, 4),
+                round(np.count_nonzero(clear) / ground, 4),
+                round(suspicious, 4),
+                bool(fails),
+            )
+        )
+    return tuple(out), footprints

@@ -1,0 +1,229 @@
+"""A picture that explains a mosaic: in comes a finished store, out comes one PNG.
+
+Panels: true colour before (the least cloudy acquisition, kept small by each run) and after, clear looks, source date,
+flags; with scale bar, dates and legends. Reads every n-th pixel, so a huge store takes seconds.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.bands import rgb_bands, to_reflectance
+from pipeline.errors import ConfigError
+from pipeline.items import day_text
+from pipeline.records import RunFolder
+from pipeline.store import FLAGS, open_mosaic
+
+RGB = NDArray[np.uint8]
+
+INK, PAPER, FAINT = (28, 32, 38), (250, 250, 248), (120, 126, 134)
+NO_DATA = (214, 214, 210)
+# Sequential ramp, dark blue to yellow, even in lightness (own stops after the idea of perceptual colour maps).
+RAMP = np.array([(40, 26, 94), (49, 80, 140), (40, 128, 142), (70, 174, 118), (168, 208, 72), (250, 230, 60)], float)
+FLAG_COLOURS: dict[str, tuple[int, int, int]] = {
+    "no_data": NO_DATA,
+    "outside_area": (238, 238, 236),
+    "observed_at_anchor": (86, 150, 96),
+    "composed_in_time": (92, 132, 190),
+    "model_only": (150, 100, 180),
+    "blended_anchors": (226, 178, 72),
+    "low_confidence": (214, 116, 60),
+    "other_season": (170, 130, 90),
+    "read_failed": (196, 52, 60),
+    "sar_guided": (110, 110, 160),
+}
+"""Later entries paint over earlier ones."""
+PANEL_PX = 460
+MARGIN = 18
+HEADER = 64
+
+
+def preview(*, store: str | Path, out: str | Path, period: int = -1) -> Path:
+    """Write the preview of one period of a finished mosaic.
+
+    Args:
+        store: the Zarr store.
+        out: PNG to write.
+        period: index among the finished periods, the last by default.
+
+    Returns:
+        The path written.
+
+    Raises:
+        StoreMismatchError: without a finished mosaic. ConfigError: for a period that is not there.
+    """
+    mosaic = open_mosaic(store=store)
+    count = mosaic.sizes["time"]
+    if not -count <= period < count:
+        raise ConfigError(f"period: {period} is not there; {store} has {count} finished periods (0 to {count - 1})")
+    step = max(1, math.ceil(max(mosaic.sizes["y"], mosaic.sizes["x"]) / (2 * PANEL_PX)))
+    chosen = mosaic.isel(time=period, y=slice(step // 2, None, step), x=slice(step // 2, None, step)).load()
+    picture = render(
+        chosen, before=_before(store, mosaic, period), title=str(mosaic.attrs.get("title", Path(store).stem))
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out, optimize=True)
+    return out
+
+
+def _before(store: str | Path, mosaic: xr.Dataset, period: int) -> tuple[str, NDArray[np.float32]] | None:
+    """(date and name, (3, y, x) reflectance) of the least cloudy acquisition, where the run kept it."""
+    slots = [i for i, slot in enumerate(RunFolder(store).slots())]
+    run = RunFolder(store)
+    names = run.slots()
+    if not slots:
+        return None
+    slot = names[period] if -len(names) <= period < len(names) else names[-1]
+    path = run.period(slot) / "before.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as data:
+        return str(data["name"]), to_reflectance(data["codes"])
+
+
+def stretch(image: NDArray[np.float32], reference: NDArray[np.float32]) -> RGB:
+    """(3, y, x) reflectance to (y, x, 3) uint8; one linear stretch per band from percentiles of ``reference``."""
+    out = np.empty((*image.shape[1:], 3), np.uint8)
+    known = np.isfinite(reference).all(axis=0)
+    low = np.percentile(reference[:, known], 0.5, axis=1) if known.any() else np.zeros(3)
+    high = np.percentile(reference[:, known], 99.2, axis=1) if known.any() else np.full(3, 0.3)
+    spread = max(float((high - low).max()), 0.02)
+    for band in range(3):
+        unit = np.clip((np.nan_to_num(image[band]) - low[band]) / spread, 0, 1) ** 0.8
+        out[..., band] = (unit * 255 + 0.5).astype(np.uint8)
+    out[~np.isfinite(image).all(axis=0)] = NO_DATA
+    return out
+
+
+def ramp(values: NDArray[Any], low: float, high: float) -> RGB:
+    """(y, x) numbers to colours; NaN becomes grey."""
+    unit = np.clip((np.nan_to_num(values.astype(float)) - low) / max(high - low, 1e-9), 0, 1) * (len(RAMP) - 1)
+    lower = np.minimum(unit.astype(int), len(RAMP) - 2)
+    part = (unit - lower)[..., None]
+    out = (RAMP[lower] * (1 - part) + RAMP[lower + 1] * part).astype(np.uint8)
+    out[~np.isfinite(values.astype(float))] = NO_DATA
+    return out
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fit(image: RGB) -> Image.Image:
+    height, width = image.shape[:2]
+    scale = PANEL_PX / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return Image.fromarray(image).resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX)
+
+
+def render(mosaic: xr.Dataset, *, before: tuple[str, NDArray[np.float32]] | None, title: str) -> Image.Image:
+    """Draw the panels of one loaded period (dims ``y, x``); see ``preview``."""
+    names = rgb_bands(mosaic.attrs["bands"])
+    after = np.stack([mosaic[name].values for name in names])
+    target = np.datetime_as_string(mosaic["time"].values, unit="D")
+    panels: list[tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]] = []
+    if before is not None:
+        panels.append((f"before: {before[0]}", _fit(stretch(before[1], after)), []))
+    panels.append((f"after: {target}", _fit(stretch(after, after)), []))
+    count = mosaic["clear_count"].values.astype(float)
+    top = max(float(count.max()), 1.0)
+    ticks = sorted({0, round(top / 2), round(top)})
+    panels.append(("clear looks", _fit(ramp(count, 0, top)), [(str(t), _colour(t, 0, top)) for t in ticks]))
+    panels.append(_source_date_panel(mosaic))
+    panels.append(_flags_panel(mosaic))
+    extent_m = abs(float(mosaic["x"][-1] - mosaic["x"][0])) * mosaic.sizes["x"] / max(mosaic.sizes["x"] - 1, 1)
+    return _compose(panels, title=title, subtitle=_subtitle(mosaic, names), extent_m=extent_m)
+
+
+def _colour(value: float, low: float, high: float) -> tuple[int, int, int]:
+    r, g, b = ramp(np.array([[value]], float), low, high)[0, 0]
+    return int(r), int(g), int(b)
+
+
+def _subtitle(mosaic: xr.Dataset, names: Sequence[str]) -> str:
+    about = mosaic.attrs.get("cloudgate", {})
+    periods = list(about.get("periods", {}).values()) if isinstance(about, dict) else []
+    method = periods[-1].get("method", {}).get("name", "") if periods else ""
+    epsg = mosaic.attrs.get("proj:code", "own CRS")
+    shown = " ".join(names)
+    return "  |  ".join(filter(None, (method, f"shown as red, green, blue: {shown}", str(epsg))))
+
+
+def _source_date_panel(mosaic: xr.Dataset) -> tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]:
+    dates = mosaic["source_date"].values
+    known = ~np.isnat(dates)
+    days = np.where(known, dates.astype("datetime64[D]").astype(float), np.nan)
+    if not known.any():
+        return "source date", _fit(ramp(days, 0, 1)), []
+    low, high = float(np.nanmin(days)), float(np.nanmax(days))
+    ticks = sorted({low, round((low + high) / 2), high})
+    return (
+        "source date",
+        _fit(ramp(days, low, high)),
+        [(day_text(int(t)), _colour(t, low, high)) for t in ticks],
+    )
+
+
+def _flags_panel(mosaic: xr.Dataset) -> tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]:
+    flags = mosaic["flags"].values
+    image = np.empty((*flags.shape, 3), np.uint8)
+    image[:] = NO_DATA
+    legend = []
+    for name, colour in FLAG_COLOURS.items():
+        there = (flags & FLAGS[name]) > 0
+        if there.any():
+            image[there] = colour
+            legend.append((f"{name.replace('_', ' ')} {100 * there.mean():.1f} %", colour))
+    return "flags", _fit(image), legend
+
+
+def _compose(
+    panels: Sequence[tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]],
+    *,
+    title: str,
+    subtitle: str,
+    extent_m: float,
+) -> Image.Image:
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    cell_w = max(max(p[1].width for p in panels), 260) + MARGIN
+    cell_h = max(p[1].height for p in panels) + 28 + 24 * max(1, math.ceil(max(len(p[2]) for p in panels) / 2)) + MARGIN
+    page = Image.new("RGB", (columns * cell_w + MARGIN, HEADER + rows * cell_h + MARGIN), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((MARGIN, 12), title, INK, _font(22))
+    draw.text((MARGIN, 40), subtitle, FAINT, _font(14))
+    for index, (name, image, legend) in enumerate(panels):
+        x = MARGIN + index % columns * cell_w
+        y = HEADER + index // columns * cell_h
+        draw.text((x, y), name, INK, _font(16))
+        page.paste(image, (x, y + 24))
+        if index == 0:
+            _scale_bar(draw, x + 10, y + 24 + image.height - 16, image.width, extent_m)
+        for i, (text, colour) in enumerate(legend):
+            lx, ly = (
+                x + (i % 2) * (cell_w // 2) if len(legend) > 3 else x + i * (cell_w // 3),
+                y + 30 + image.height,
+            )
+            ly += (i // 2) * 24 if len(legend) > 3 else 0
+            draw.rectangle((lx, ly + 3, lx + 14, ly + 15), fill=colour, outline=FAINT)
+            draw.text((lx + 20, ly), text, INK, _font(13))
+    return page
+
+
+def _scale_bar(draw: ImageDraw.ImageDraw, x: int, y: int, width_px: int, extent_m: float) -> None:
+    if extent_m <= 0:
+        return
+    rough = extent_m / 4
+    unit = 10 ** math.floor(math.log10(rough))
+    length = max(step * unit for step in (1, 2, 5) if step * unit <= rough)
+    px = round(length / extent_m * width_px)
+    draw.rectangle((x - 4, y - 16, x + px + 8, y + 8), fill=(255, 255, 255))
+    draw.line((x, y + 2, x + px, y + 2), fill=INK, width=3)
+    draw.text((x, y - 15), f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m", INK, _font(13))
