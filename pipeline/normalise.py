@@ -97,7 +97,7 @@ def normalise(
             (str(props[k]) for k in ("created", "s2:generation_time", "updated") if props.get(k)), None
         ),
         bbox=_bbox(item),
-        geometry=json.loads(json.dumps(item.get("geometry") or mapping(bbox_polygon(_bbox(item))))),
+        geometry=_as_floats(item.get("geometry") or mapping(bbox_polygon(_bbox(item)))),
         assets=assets,
     )
 
@@ -173,6 +173,15 @@ def cut_at_180(geometry: BaseGeometry) -> BaseGeometry:
             if not piece.is_empty:
                 parts.append(piece)
     return parts[0] if len(parts) == 1 else unary_union(parts)
+
+
+def _as_floats(value: Any) -> Any:
+    """GeoJSON with lists and floats only: a server may write 46 where the file said 46.0."""
+    if isinstance(value, Mapping):
+        return {key: _as_floats(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_floats(part) for part in value]
+    return float(value) if isinstance(value, int) else value
 
 
 def _bbox(item: Mapping[str, Any]) -> tuple[float, float, float, float]:
