@@ -16,9 +16,10 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from pipeline.errors import ConfigError, ItemError, NoItemsError
+from pipeline.footprints import bbox_polygon, cut_at_180, footprint
 from pipeline.frozen import SearchResult, digest, from_frozen, load_items, save_items
 from pipeline.items import EPOCH, solar_day
-from pipeline.normalise import bbox_polygon, cut_at_180, footprint, item_time
+from pipeline.normalise import item_time
 from pipeline.profiles import MaskRule, Profile, load_profile, profile_names
 from pipeline.selection import choose_mask, deduplicate, detect_profile, usable
 from pipeline.stac import ItemApi, ItemFiles, RawItem, open_source

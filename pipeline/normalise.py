@@ -16,17 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urljoin, urlsplit, urlunsplit
 
-import numpy as np
 from pyproj import CRS
 from pyproj.exceptions import CRSError
-from shapely import force_2d, get_parts, transform
-from shapely.affinity import translate
-from shapely.errors import GEOSException
-from shapely.geometry import MultiPolygon, box, mapping, shape
-from shapely.geometry.base import BaseGeometry
-from shapely.ops import unary_union
+from shapely.geometry import mapping
 
 from pipeline.errors import ItemError
+from pipeline.footprints import as_floats, bbox_polygon, item_bbox
 from pipeline.grid import crs_name
 from pipeline.items import Asset, Item
 from pipeline.profiles import MaskRule, Profile
@@ -96,8 +91,8 @@ def normalise(
         created=next(
             (str(props[k]) for k in ("created", "s2:generation_time", "updated") if props.get(k)), None
         ),
-        bbox=_bbox(item),
-        geometry=_as_floats(item.get("geometry") or mapping(bbox_polygon(_bbox(item)))),
+        bbox=item_bbox(item),
+        geometry=as_floats(item.get("geometry") or mapping(bbox_polygon(item_bbox(item)))),
         assets=assets,
     )
 
@@ -128,78 +123,6 @@ def item_time(item: Mapping[str, Any]) -> datetime:
             "correct the item or take it out of the catalog"
         ) from None
     return when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
-
-
-# -- footprints ----------------------------------------------------------------------------------------------
-
-
-def footprint(item: Mapping[str, Any]) -> BaseGeometry:
-    """Footprint of a raw item in degrees within -180..180, cut at the antimeridian; else its bbox.
-
-    Raises:
-        ItemError: if it has neither.
-    """
-    geometry = item.get("geometry")
-    if geometry:
-        try:
-            return cut_at_180(shape(geometry))
-        except (GEOSException, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ItemError(
-                f"item {item.get('id')!r}: geometry is not readable as GeoJSON ({error}); correct the item"
-            ) from error
-    return bbox_polygon(_bbox(item))
-
-
-def bbox_polygon(bbox: Sequence[float]) -> BaseGeometry:
-    """A box of degrees as polygon; west > east crosses the antimeridian and gives two parts."""
-    west, south, east, north = bbox
-    if west > east:
-        return MultiPolygon([box(west, south, 180, north), box(-180, south, east, north)])
-    return box(west, south, east, north)
-
-
-def cut_at_180(geometry: BaseGeometry) -> BaseGeometry:
-    """Polygons in degrees; a part that jumps over or reaches beyond 180 is cut in two within -180..180."""
-    parts = []
-    for part in get_parts(geometry):
-        west, _, east, _ = part.bounds
-        if (
-            east - west > 180 and west >= -180 and east <= 180
-        ):  # no scene is so wide: it jumps from 179 to -179
-            part = transform(force_2d(part), lambda xy: np.column_stack((xy[:, 0] % 360, xy[:, 1])))
-        part = part if part.is_valid else part.buffer(0)
-        for shift in (-360, 0, 360):
-            piece = translate(part, xoff=shift).intersection(box(-180, -90, 180, 90))
-            if not piece.is_empty:
-                parts.append(piece)
-    return parts[0] if len(parts) == 1 else unary_union(parts)
-
-
-def _as_floats(value: Any) -> Any:
-    """GeoJSON with lists and floats only: a server may write 46 where the file said 46.0."""
-    if isinstance(value, Mapping):
-        return {key: _as_floats(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_floats(part) for part in value]
-    return float(value) if isinstance(value, int) else value
-
-
-def _bbox(item: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    values = item.get("bbox")
-    if values and len(values) in (4, 6):
-        half = len(values) // 2
-        return float(values[0]), float(values[1]), float(values[half]), float(values[half + 1])
-    if not item.get("geometry"):
-        raise ItemError(f"item {item.get('id')!r}: it has neither geometry nor bbox; correct the item")
-    parts = list(get_parts(footprint(item)))
-    south, north = min(p.bounds[1] for p in parts), max(p.bounds[3] for p in parts)
-    west, east = min(p.bounds[0] for p in parts), max(p.bounds[2] for p in parts)
-    if (
-        west <= -180 and east >= 180
-    ):  # cut at the antimeridian: from the western edge of the eastern-hemisphere part
-        west = min(p.bounds[0] for p in parts if p.bounds[2] >= 180)
-        east = max(p.bounds[2] for p in parts if p.bounds[0] <= -180)
-    return west, south, east, north
 
 
 # -- assets --------------------------------------------------------------------------------------------------

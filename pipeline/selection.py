@@ -11,8 +11,9 @@ from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
 from pipeline.errors import ItemError, RequestError
+from pipeline.footprints import cut_at_180
 from pipeline.items import Item
-from pipeline.normalise import cut_at_180, find_asset, normalise
+from pipeline.normalise import find_asset, normalise
 from pipeline.profiles import MaskRule, Profile, load_profile, profile_names
 from pipeline.stac import RawItem
 
@@ -110,10 +111,12 @@ def usable(
     """
     wanted = {name: profile.bands.get(name, (name,)) for name in (bands or ())}
     raster = {need_mask.asset: (need_mask.asset,)} if need_mask else {}
-    images = [
-        raw for raw in found if _has_band(raw.item, profile) or any(_has_raster(raw.item, m) for m in raster)
-    ]
-    others = Counter(str(raw.item.get("collection") or "unnamed") for raw in found if raw not in images)
+    images, others = [], Counter[str]()
+    for raw in found:
+        if _has_band(raw.item, profile) or any(_has_raster(raw.item, name) for name in raster):
+            images.append(raw)
+        else:
+            others[str(raw.item.get("collection") or "unnamed")] += 1
     notes = [f"{n} items of collection {name} are of another kind (no band)" for name, n in others.items()]
     for what, names in ((f"band {name!r}", keys) for name, keys in wanted.items()):
         _somewhere(found, what, names, profile, "name other bands")

@@ -8,15 +8,9 @@ from pyproj import CRS
 from shapely.geometry import shape
 
 from pipeline.errors import ItemError
+from pipeline.footprints import bbox_polygon, cut_at_180, footprint
 from pipeline.items import Item
-from pipeline.normalise import (
-    bbox_polygon,
-    cut_at_180,
-    footprint,
-    normalise,
-    resolve_href,
-    without_credentials,
-)
+from pipeline.normalise import normalise, resolve_href, without_credentials
 from pipeline.profiles import MaskRule, Profile, load_profile
 
 EARTH_SEARCH = load_profile("earth-search")
