@@ -99,9 +99,13 @@ def normalise(
 
 def find_asset(assets: Mapping[str, Any], names: Iterable[str]) -> str | None:
     """Key of the first of ``names`` that ``assets`` has; case matters only where both spellings exist."""
-    folded = {key.casefold(): key for key in reversed(list(assets))}
+    folded: dict[str, str] | None = None
     for name in names:
-        key = name if name in assets else folded.get(name.casefold())
+        key: str | None = name
+        if name not in assets:
+            if folded is None:
+                folded = {key.casefold(): key for key in reversed(list(assets))}
+            key = folded.get(name.casefold())
         if key is not None and isinstance(assets[key], Mapping) and assets[key].get("href"):
             return key
     return None
