@@ -24,8 +24,6 @@ SHADOW: Final = 3
 
 Codes = NDArray[np.uint16]
 States = NDArray[np.uint8]
-_RANK: Final = np.array([NODATA, CLEAR, SHADOW, CLOUD], np.uint8)
-"""State to rank and rank to state (its own inverse): cloud outranks shadow outranks clear outranks no data."""
 
 
 def dn_to_codes(dn: NDArray[Any], asset: Asset, offset_dn: int | None) -> Codes:
@@ -65,7 +63,9 @@ def dn_to_codes(dn: NDArray[Any], asset: Asset, offset_dn: int | None) -> Codes:
     return codes
 
 
-def spread_cells(cells: NDArray[Any], factor: int, offset: tuple[int, int], shape: tuple[int, int]) -> NDArray[Any]:
+def spread_cells(
+    cells: NDArray[Any], factor: int, offset: tuple[int, int], shape: tuple[int, int]
+) -> NDArray[Any]:
     """Coarse cells (..., hc, wc) onto the fine lattice: (..., *shape), each cell repeated over its pixels.
 
     ``offset`` is the place (row, col) of the fine [0, 0] in fine pixels from the corner of the cell [0, 0]; the cells
@@ -80,23 +80,6 @@ def spread_cells(cells: NDArray[Any], factor: int, offset: tuple[int, int], shap
         skip = start - first * factor
         out = part[..., skip : skip + size, :] if axis == -2 else part[..., skip : skip + size]
     return out
-
-
-def reduce_states(state: States, factor: int, offset: tuple[int, int]) -> States:
-    """Fine states (h, w) to cells: cloud where any pixel of the cell is cloud, else shadow, else clear, else nodata.
-
-    The inverse of ``spread_cells`` where a cell is of one state. Give whole cells (or a margin that is cut off): a
-    cell at the rim knows only the pixels inside the window.
-    """
-    if factor == 1:
-        return state
-    h, w = state.shape
-    rows, cols = -(-(h + offset[0]) // factor), -(-(w + offset[1]) // factor)
-    whole = np.zeros((rows * factor, cols * factor), np.uint8)
-    whole[offset[0] : offset[0] + h, offset[1] : offset[1] + w] = _RANK[state]
-    ranks = whole.reshape(rows, factor, cols, factor).max(axis=(1, 3))
-    reduced: States = _RANK[ranks]
-    return reduced
 
 
 def fuse_states(states: Sequence[States]) -> States:

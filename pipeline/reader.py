@@ -26,7 +26,7 @@ from pipeline.codes import (
     SHADOW,
     dn_to_codes,
     fuse_scenes,
-    reduce_states,
+    fuse_states,
     spread_cells,
 )
 from pipeline.errors import ReadError
@@ -56,11 +56,11 @@ __all__ = [
     "coarse_grid",
     "dn_to_codes",
     "fuse_scenes",
+    "fuse_states",
     "gdal_settings",
     "mask_lattice",
     "read_coarse",
     "read_window",
-    "reduce_states",
     "spread_cells",
 ]
 

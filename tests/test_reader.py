@@ -17,7 +17,7 @@ from pipeline.errors import ItemError, ReadError
 from pipeline.grid import Grid
 from pipeline.items import Asset
 from pipeline.profiles import Profile
-from pipeline.reader import CLEAR, CLOUD, NODATA, SHADOW, dn_to_codes, fuse_scenes, read_coarse, read_window
+from pipeline.reader import CLEAR, NODATA, dn_to_codes, fuse_scenes, read_coarse, read_window
 from loopback import RangeHandler, serve
 
 UTM = "EPSG:32633"
@@ -244,30 +244,28 @@ def test_fused_scenes_take_the_first_clear_then_the_first_valid():
     fused, state = fuse_scenes(codes, states)
     for r in range(9):
         for c in range(11):
-            valid = [i for i in range(3) if codes[i][:, r, c].all() and states[i][r, c] != NODATA]
+            known = [i for i in range(3) if states[i][r, c] != NODATA]
+            best = ([i for i in known if states[i][r, c] == CLEAR] or known or [None])[0]
+            assert state[r, c] == (NODATA if best is None else states[best][r, c])
+            valid = [i for i in known if codes[i][:, r, c].all()]
             clear = [i for i in valid if states[i][r, c] == CLEAR]
-            chosen = (clear or valid or [None])[0]
-            want = (0, 0, NODATA) if chosen is None else (*codes[chosen][:, r, c], states[chosen][r, c])
-            assert (*fused[:, r, c], state[r, c]) == want
-    empty = np.zeros_like(codes[0])
-    again = fuse_scenes([codes[0], empty, *codes[1:]], [states[0], states[1], *states[1:]])
+            chosen = (clear or ([] if state[r, c] == CLEAR else valid) or [None])[0]
+            assert fused[:, r, c].tolist() == ([0, 0] if chosen is None else codes[chosen][:, r, c].tolist())
+    outside = np.zeros_like(states[0])
+    again = fuse_scenes([codes[0], codes[0], *codes[1:]], [states[0], outside, *states[1:]])
     assert np.array_equal(again[0], fused)
     assert np.array_equal(again[1], state)
 
 
-def test_fused_cells_are_the_fused_fine_states_reduced():
+def test_fusing_on_cells_with_a_margin_equals_fusing_on_pixels():
     rng = np.random.default_rng(9)
-    offset, factor, shape = (1, 0), 2, (13, 18)
-    cells = [rng.integers(0, 4, (7, 9)).astype(np.uint8) for _ in range(2)]
+    offset, factor, shape = (5, 2), 2, (13, 18)
+    cells = [rng.integers(0, 4, (11, 12)).astype(np.uint8) for _ in range(2)]
     codes = [(rng.integers(0, 3, (1, *shape)) > 0).astype(np.uint16) * 2000 for _ in range(2)]
     fused, coarse = fuse_scenes(codes, cells, factor=factor, offset=offset)
-    fine = [reader.spread_cells(c, factor, offset, shape) for c in cells]
-    fused_fine, state_fine = fuse_scenes(codes, fine)
+    fused_fine, fine = fuse_scenes(codes, [reader.spread_cells(c, factor, offset, shape) for c in cells])
     assert np.array_equal(fused, fused_fine)
-    assert np.array_equal(coarse, reader.reduce_states(state_fine, factor, offset))
-    one = np.array([[CLOUD, SHADOW], [CLEAR, NODATA]], np.uint8)
-    assert reader.reduce_states(one, 2, (0, 0)).tolist() == [[CLOUD]]
-    assert reader.reduce_states(one[1:], 2, (0, 0)).tolist() == [[CLEAR]]
+    assert np.array_equal(reader.spread_cells(coarse, factor, offset, shape), fine)
 
 
 class FaultyHandler(RangeHandler):
