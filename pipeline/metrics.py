@@ -1,5 +1,4 @@
-"""In: predicted and true reflectance with the pixels to score. Out: errors, and intervals of paired
-differences.
+"""In: predicted and true reflectance, pixels to score. Out: errors, and intervals of their differences.
 
 Arrays are ``(B, H, W)`` float reflectance (0-1), ``scored`` is ``(H, W)`` bool, True = pixel counts.
 Predictions are clipped to 0-1 here and only here. Nothing is lazy. NaN means that nothing could be scored.
@@ -44,8 +43,7 @@ def rmse(*, predicted: ArrayLike, truth: ArrayLike, scored: Bool) -> float:
 
 
 def psnr(*, predicted: ArrayLike, truth: ArrayLike, scored: Bool) -> float:
-    """20 log10(1 / RMSE) in dB with a data range of 1; it flatters dark land, so print MAE and skill beside
-    it."""
+    """20 log10(1 / RMSE) in dB, data range 1; it flatters dark land: print MAE and skill beside it."""
     error = rmse(predicted=predicted, truth=truth, scored=scored)
     return float("inf") if error == 0 else float(-20.0 * np.log10(error))
 
@@ -64,8 +62,7 @@ def skill(*, predicted: ArrayLike, reference: ArrayLike, truth: ArrayLike, score
 
 
 def sam_degrees(*, predicted: ArrayLike, truth: ArrayLike, scored: Bool) -> float:
-    """Spectral angle: the mean over scored pixels of the angle between spectra, degrees; zero spectra are
-    skipped."""
+    """Mean over scored pixels of the angle between spectra, degrees; zero spectra are skipped."""
     p = np.clip(np.asarray(predicted, np.float64), 0.0, 1.0)[:, scored]
     t = np.asarray(truth, np.float64)[:, scored]
     lengths = np.linalg.norm(p, axis=0) * np.linalg.norm(t, axis=0)

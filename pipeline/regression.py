@@ -1,5 +1,4 @@
-"""In: looks around an acquisition, clear where usable. Out: that acquisition completed under its clouds,
-with one sigma.
+"""In: looks around an acquisition. Out: that acquisition completed under its clouds, with one sigma.
 
 Interpolation in time ignores what the acquisition itself shows in its clear pixels. Here those pixels
 teach, window by window, how the acquisition follows from the other dates (all bands of a group together),
@@ -39,11 +38,9 @@ class Filled:
     codes: UInt16
     """``(B, H, W)``; the anchor's clear pixels bit-exact; 0 = no look at all (or outside ``core``)."""
     sigma: Float32
-    """``(B, H, W)`` one sigma in codes (1 = 1e-4 reflectance) where filled; NaN where observed or not
-    filled."""
+    """``(B, H, W)`` one sigma in codes (1 = 1e-4 reflectance) where filled, NaN elsewhere."""
     source_date: Int32
-    """``(H, W)`` days since 1970-01-01: own day where observed, else of the nearest clear look in time; 0 =
-    none."""
+    """``(H, W)`` days since 1970-01-01: own day where observed, else of the nearest clear look; 0 = none."""
     model: Bool
     """``(H, W)`` True where the regression itself spoke; False = observed, or fallen back to plain linear."""
 
@@ -164,8 +161,7 @@ def _groups(n_bands: int) -> list[slice]:
 
 
 def _nearest_look(clear: Bool, days: Int32, anchor: int) -> Int32:
-    """(H, W) day of the nearest clear look; the anchor's own day where it is clear; ties go to the earlier
-    look."""
+    """(H, W) day of the nearest clear look, the anchor's own first; ties go to the earlier look."""
     nearest = np.zeros(clear.shape[1:], np.int32)
     found = np.zeros(clear.shape[1:], bool)
     for t in sorted(

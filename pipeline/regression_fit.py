@@ -1,5 +1,4 @@
-"""In: looks of one acquisition's neighbours on whole lattice cells. Out: ridge coefficients at the
-lattice's nodes.
+"""In: looks on whole lattice cells. Out: ridge coefficients at the lattice's nodes, with their error.
 
 The numerical half of :mod:`pipeline.regression`: features (gaps closed linearly in time), one Gram matrix
 per cell, and the fit of every node from the Gram matrices of the cells around it. A Gram matrix is
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from pipeline.regression_lattice import CELL_PX
 
@@ -22,7 +21,8 @@ from pipeline.regression_lattice import CELL_PX
 # of a cell's Gram matrix (1e-6) stays far below the ridge.
 CENTRE_CODE = np.float32(2500.0)
 UNIT_CODES = np.float32(1000.0)
-TRUST_GENEROSITY = 1.5
+TRUST_PX = 300.0  # held-out pixels at which the share of the fit that they support is taken at its word
+CLOSED_NOISE = 2.0  # error variance of a feature closed in time, in units of the linear method's own
 HUBER_K = 1.5  # a cell counts in full until its error is this many times the window's median
 REWEIGHT_ROUNDS = 2
 FOLDS = 4  # held-out patches: every fourth cell, in a 2 x 2 pattern
@@ -59,13 +59,13 @@ def one_blas_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tile:
-    """A run of neighbouring cells in one row of cells, as features; ``n`` cells, ``p`` features, ``P`` px a
-    cell."""
+    """Neighbouring cells of one row as features: ``n`` cells, ``p`` features, ``P`` pixels a cell."""
 
-    rows: Float32  # (n, p + 1 + b, P): features (dates x bands, then linear per band), ones, anchor minus linear
+    # (n, p + 1 + b, P): features (dates x bands, then linear per band), ones, anchor minus linear per band
+    rows: Float32
     fitted: Float32  # (n, P): 1 where the anchor and at least one other look are clear
     looked: Bool  # (n, P): at least one look besides the anchor
-    swing: Float32  # (n, b, P): next minus previous clear look around the anchor, NaN where one of them is missing
+    swing: Float32  # (n, b, P): next minus previous clear look around the anchor, NaN where one is missing
     clear: Bool  # (n, dates, P): which features were seen on their own date, and not closed in time
 
 
@@ -82,8 +82,7 @@ class NodeFit:
 
 
 def candidate_dates(days: NDArray[np.int32], anchor: int, most: int) -> list[int]:
-    """The ``most`` dates nearest to the anchor, in time order; chosen by days alone, hence the same
-    everywhere."""
+    """The ``most`` dates nearest to the anchor, in time order; by days alone, hence the same everywhere."""
     order = sorted(
         (t for t in range(len(days)) if t != anchor),
         key=lambda t: (abs(int(days[t] - days[anchor])), t),
@@ -168,8 +167,7 @@ def tile_features(
 
 
 def _time_share(day: np.float32, previous: Float32, following: Float32) -> Float32:
-    """Where ``day`` lies between the two looks, 0..1; the end that exists is repeated where the other is
-    missing."""
+    """Where ``day`` lies between two looks, 0..1; where one is missing the other is repeated."""
     with np.errstate(invalid="ignore", divide="ignore"):
         share: Float32 = (day - previous) / (following - previous)
     share[~np.isfinite(previous)] = 1.0
@@ -184,9 +182,9 @@ def _cells(field: Bool) -> Bool:
 
 
 def cell_grams(tile: Tile) -> Float32:
-    """Gram matrices ``(n, q, q)`` of a tile's rows over its fitted pixels; the row of ones makes the plain
-    sums."""
-    return np.matmul(tile.rows * tile.fitted[:, None, :], tile.rows.swapaxes(1, 2))
+    """Gram matrices ``(n, q, q)`` of a tile's rows over its fitted pixels; the ones make plain sums."""
+    grams: Float32 = np.matmul(tile.rows * tile.fitted[:, None, :], tile.rows.swapaxes(1, 2))
+    return grams
 
 
 def fit_node(
@@ -194,7 +192,9 @@ def fit_node(
     weights: Float64,
     folds: NDArray[np.int64],
     clear_share: Float64,
+    closed_more: Float64,
     prior_variance: Float64,
+    harder: Float64,
     nearest_first: Sequence[int],
     *,
     n_bands: int,
@@ -216,6 +216,9 @@ def fit_node(
         weights: ``(c,)`` taper of the window.
         folds: ``(c,)`` 0..FOLDS-1, the held-out patch of each cell.
         clear_share: ``(dates,)`` share of clear pixels of each date in the window.
+        closed_more: ``(dates,)`` share of gap pixels where a date is itself closed in time, less that share of
+            the fitted pixels: features that are worse where they are applied than where they were learnt.
+        harder: ``(b,)`` at least 1, how much larger linear's variance is in the gaps than on clear pixels.
         prior_variance: ``(b,)`` code^2, of linear interpolation as far as the looks themselves tell.
         nearest_first: the dates' positions among the features, nearest to the anchor first.
         n_bands: bands in this group.
@@ -237,13 +240,16 @@ def fit_node(
         return NodeFit(coefficients, 0.0, prior_variance, np.zeros((n_bands, n_dates), np.float32))
     sub = grams if len(kept) == grams.shape[1] else grams[:, kept[:, None], kept]
     pixels = sub[:, len(used), len(used)].astype(np.float64)
+    noise = np.zeros(len(used))
+    variance = CLOSED_NOISE * prior_variance / float(UNIT_CODES) ** 2
+    noise[:-n_bands] = np.outer(closed_more[sorted(chosen)], variance).ravel()
     cell_weights = weights
     total = _weighted(sub, cell_weights)
-    solution = _solve(total, n_bands, ridge, evidence_px)
+    solution = _solve(total, n_bands, ridge, evidence_px, noise)
     for _ in range(REWEIGHT_ROUNDS):
         cell_weights = weights * _huber(_cell_errors(sub, pixels, solution, n_bands), pixels)
         total = _weighted(sub, cell_weights)
-        solution = _solve(total, n_bands, ridge, evidence_px)
+        solution = _solve(total, n_bands, ridge, evidence_px, noise)
     own, cross, inner, held_px = (
         np.zeros(n_bands),
         np.zeros(n_bands),
@@ -253,7 +259,7 @@ def fit_node(
     for fold in range(FOLDS):
         part = _weighted(sub, np.where(folds == fold, cell_weights, 0.0))
         if part[len(used), len(used)] > 0:
-            terms = _error_terms(part, _solve(total - part, n_bands, ridge, evidence_px), n_bands)
+            terms = _error_terms(part, _solve(total - part, n_bands, ridge, evidence_px, noise), n_bands)
             own, cross, inner = own + terms[0], cross + terms[1], inner + terms[2]
             held_px += float(part[len(used), len(used)])
     evidence = held_px / (held_px + evidence_px)
@@ -262,7 +268,7 @@ def fit_node(
         (cross / np.maximum(own, 1e-9)).sum(),
         (inner / np.maximum(own, 1e-9)).sum(),
     )
-    trust = float(np.clip(TRUST_GENEROSITY * agreed / max(spent, 1e-9), 0.0, 1.0))
+    trust = float(np.clip(2.0 * held_px / (held_px + TRUST_PX) * agreed / max(spent, 1e-9), 0.0, 1.0))
     measured = (
         np.maximum(own - 2.0 * trust * cross + trust**2 * inner, 0.0) / held_px * float(UNIT_CODES) ** 2
     )
@@ -271,7 +277,7 @@ def fit_node(
     return NodeFit(
         coefficients,
         evidence,
-        evidence * measured + (1.0 - evidence) * prior_variance,
+        evidence * measured * harder + (1.0 - evidence) * prior_variance,
         (slopes**2 @ prior_variance).astype(np.float32),
     )
 
@@ -282,7 +288,7 @@ def _weighted(grams: Float32, weights: Float64) -> Float64:
     return flat.reshape(grams.shape[1:]).astype(np.float64)
 
 
-def _solve(gram: Float64, n_bands: int, ridge: float, evidence_px: float) -> Float64:
+def _solve(gram: Float64, n_bands: int, ridge: float, evidence_px: float, noise: Float64) -> Float64:
     """Coefficients ``(b, used + 1)``, the constant last, from a weighted Gram matrix."""
     n_used = gram.shape[0] - n_bands - 1
     count = float(gram[n_used, n_used])
@@ -294,7 +300,7 @@ def _solve(gram: Float64, n_bands: int, ridge: float, evidence_px: float) -> Flo
     scale = float(np.trace(covariance)) / n_used
     # 1e-6 (one code squared): without any contrast in the window the system must stay regular
     pull = ridge * (1.0 + evidence_px / count) * scale + 1e-6
-    slopes = np.linalg.solve(covariance + pull * np.eye(n_used), target).T
+    slopes = np.linalg.solve(covariance + np.diag(pull + noise), target).T
     constant = mean[n_used + 1 :] * (count / (count + evidence_px)) - slopes @ mean[:n_used]
     return np.column_stack([slopes, constant])
 
@@ -302,8 +308,7 @@ def _solve(gram: Float64, n_bands: int, ridge: float, evidence_px: float) -> Flo
 def _error_terms[F: (np.float32, np.float64)](
     gram: NDArray[F], solution: NDArray[F], n_bands: int
 ) -> tuple[NDArray[F], NDArray[F], NDArray[F]]:
-    """Sums of target squared, target x prediction and prediction squared, each (..., b), from Gram
-    matrices."""
+    """Sums over pixels of target^2, target x prediction and prediction^2, each (..., b)."""
     inputs = gram.shape[-1] - n_bands
     own = np.diagonal(gram, axis1=-2, axis2=-1)[..., inputs:]
     cross = (gram[..., inputs:, :inputs] * solution).sum(axis=-1)

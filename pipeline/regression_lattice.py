@@ -1,5 +1,4 @@
-"""In: where an array with gaps lies. Out: the lattice of cells and nodes there, and which of them have work
-to do.
+"""In: where an array with gaps lies. Out: its lattice of cells and nodes, and which have work to do.
 
 The lowest part of :mod:`pipeline.regression`: its options, the lattice fixed to the global pixel index, and
 the constant weights that belong to it. A cell is a square of pixels; nodes stand on corners of cells; a
@@ -39,7 +38,7 @@ class RegressionOptions:
     """Ridge, relative to the mean variance of the features; it pulls towards linear interpolation."""
     evidence_px: float = 30.0
     """Clear pixels of the anchor (weighted by the window's taper) at which data and linear weigh the same."""
-    residual_sigma_px: float = 10.0
+    residual_sigma_px: float = 7.0
     """Sigma of the Gaussian that carries the clear pixels' residual into the gap, in pixels; 0 = none."""
     margin_codes: float = 500.0
     """A filled value may leave the range of the looks at its pixel by this (500 = 0.05 reflectance) ..."""
@@ -120,8 +119,7 @@ def _taper() -> Float64:
 
 
 def _blend_shares() -> Float32:
-    """(STRIDE, STRIDE, 4, P) bilinear shares of the four nodes around each pixel of a cell, by the cell's
-    place."""
+    """(STRIDE, STRIDE, 4, P) bilinear shares of the four nodes, by the cell's place between them."""
     side = STRIDE_CELLS * CELL_PX
     far = (np.arange(side) + 0.5) / side
     shares = np.empty((STRIDE_CELLS, STRIDE_CELLS, 4, CELL_PX, CELL_PX), np.float32)
@@ -143,3 +141,4 @@ def _upsampling() -> Float32:
 TAPER = _taper()
 BLEND = _blend_shares()
 UPSAMPLE = _upsampling()
+NEAR = np.sort(TAPER)[-4 * STRIDE_CELLS**2] <= TAPER

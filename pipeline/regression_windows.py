@@ -27,6 +27,7 @@ from pipeline.regression_lattice import (
     GRID_PX,
     GRID_REACH,
     MOST_CANDIDATES,
+    NEAR,
     REACH_CELLS,
     STRIDE_CELLS,
     TAPER,
@@ -101,10 +102,14 @@ class Group:
         n_cells = int(lat.needed.sum()) + 1
         self.grams = np.zeros((n_cells, n_rows, n_rows), np.float32)
         self.clear_px = np.zeros((n_cells, len(self.dates)), np.int32)
+        # pixels where a date's feature is closed in time, and all of them (last): in the gaps, and where
+        # fitted
+        self.closed_gap = np.zeros((n_cells, len(self.dates) + 1), np.int32)
+        self.closed_fit = np.zeros((n_cells, len(self.dates) + 1), np.int32)
         self.looked_px = np.zeros(n_cells, np.int32)
-        self.swing = np.zeros(
-            (n_cells, self.n_bands + 1)
-        )  # sum of squares per band, then the number of pixels
+        # squares of the swing summed per band, then the number of pixels: in the gaps, and where fitted
+        self.swing_gap = np.zeros((n_cells, self.n_bands + 1))
+        self.swing_fit = np.zeros((n_cells, self.n_bands + 1))
         self.at = {(int(y), int(x)): i for i, (y, x) in enumerate(np.argwhere(lat.predicted))}
         pixels = CELL_PX * CELL_PX
         self.rows = np.empty((len(self.at), n_rows, pixels), np.float32)
@@ -117,11 +122,16 @@ class Group:
             cells = cells[mine]
             self.grams[cells] = cell_grams(tile)[mine]
             self.clear_px[cells] = tile.clear.sum(axis=2, dtype=np.int32)[mine]
+            fitted = tile.fitted.astype(bool)
+            for counts, where in ((self.closed_gap, tile.looked & ~fitted), (self.closed_fit, fitted)):
+                counts[cells, :-1] = (~tile.clear & where[:, None]).sum(axis=2, dtype=np.int32)[mine]
+                counts[cells, -1] = where.sum(axis=1, dtype=np.int32)[mine]
             self.looked_px[cells] = tile.looked.sum(axis=1, dtype=np.int32)[mine]
             both = np.isfinite(tile.swing[:, 0])
             squares = np.where(both[:, None], tile.swing, 0.0).astype(np.float64) ** 2
-            self.swing[cells, :-1] = squares.sum(axis=2)[mine]
-            self.swing[cells, -1] = both.sum(axis=1)[mine]
+            for sums, where in ((self.swing_gap, both & ~fitted), (self.swing_fit, both & fitted)):
+                sums[cells, :-1] = (squares * where[:, None]).sum(axis=2)[mine]
+                sums[cells, -1] = where.sum(axis=1)[mine]
             for k in range(end - x):
                 at = self.at.get((y, x + k))
                 if at is not None:
@@ -141,8 +151,11 @@ class Group:
         cells[np.ix_(rows, cols)] = self.index[np.ix_(ys[rows], xs[cols])]
         window = cells.ravel()
         looked = max(int(self.looked_px[window].sum()), 1)
-        swing = (self.swing[window] * TAPER[:, None]).sum(axis=0)
-        prior = 0.5 * swing[:-1] / swing[-1] + 50.0**2 if swing[-1] > 0 else np.full(self.n_bands, 300.0**2)
+        near_gap, fit = self.swing_gap[window[NEAR]].sum(axis=0), self.swing_fit[window].sum(axis=0)
+        prior = _linear_variance((self.swing_gap[window] + self.swing_fit[window]).T @ TAPER)
+        harder = np.ones(self.n_bands)
+        if near_gap[-1] > 0 and fit[-1] > 0:
+            harder = np.maximum(_linear_variance(near_gap) / _linear_variance(fit), 1.0)
         away = np.abs(self.days[self.dates] - self.days[self.anchor])
         return fit_node(
             self.grams[window],
@@ -150,7 +163,9 @@ class Group:
             ((ys + lat.first[0]) % 2 * 2)[:, None].repeat(len(xs), axis=1).ravel()
             + ((xs + lat.first[1]) % 2)[None].repeat(len(ys), axis=0).ravel(),
             self.clear_px[window].sum(axis=0) / looked,
+            np.maximum(_share(self.closed_gap[window[NEAR]]) - _share(self.closed_fit[window]), 0.0),
             prior,
+            harder,
             np.argsort(away, kind="stable").tolist(),
             n_bands=self.n_bands,
             most_dates=self.options.dates,
@@ -167,8 +182,7 @@ class Group:
         return [self.fits[n] for n in ((j, i), (j, i + 1), (j + 1, i), (j + 1, i + 1))]
 
     def _predict(self) -> tuple[Float32, Float32, Float32]:
-        """What is to be added to linear (n, b, P) in codes, the evidence (n, P) and the variance (n, b,
-        P)."""
+        """To be added to linear (n, b, P) in codes, the evidence (n, P) and the variance (n, b, P)."""
         n, b, pixels = len(self.at), self.n_bands, CELL_PX * CELL_PX
         added = np.empty((n, b, pixels), np.float32)
         evidence = np.empty((n, pixels), np.float32)
@@ -191,8 +205,7 @@ class Group:
         return added, evidence, variance
 
     def _residual(self, added: Float32) -> Float32:
-        """(n, b, P) what the fit leaves over on clear pixels, carried into the gaps by a normalised
-        Gaussian."""
+        """(n, b, P) what the fit leaves over on clear pixels, carried into the gaps (normalised)."""
         lat, per = self.lattice, CELL_PX // GRID_PX
         left_over = (self.rows[:, self.n_features + 1 :] * UNIT_CODES - added) * self.fitted[:, None]
         both = np.concatenate([left_over, self.fitted[:, None]], axis=1)
@@ -272,3 +285,21 @@ def _gaussian(grid: Float32, axis: int, sigma_px: float) -> Float32:
     for k, tap in enumerate(taps):
         smooth += tap * np.take(padded, range(k, k + grid.shape[axis]), axis=axis)
     return smooth
+
+
+def _share(counts: Int32) -> Float64:
+    """(dates,) share of the pixels, summed over cells, from counts whose last column is all of them."""
+    total = counts.sum(axis=0)
+    return total[:-1] / max(int(total[-1]), 1)
+
+
+def _linear_variance(swing: Float64) -> Float64:
+    """(b,) code^2 of linear interpolation's error, from sums of squared swings (b + 1,) with the count last.
+
+    Half of the mean square between the looks before and after, and 50 codes of noise; where no pixel has
+    both looks, 300 codes.
+    """
+    if swing[-1] <= 0:
+        return np.full(len(swing) - 1, 300.0**2)
+    variance: Float64 = 0.5 * swing[:-1] / swing[-1] + 50.0**2
+    return variance

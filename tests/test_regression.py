@@ -1,0 +1,305 @@
+"""Regression on a simulated field whose truth is known, and on the real series where they are at hand."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from pipeline.errors import ConfigError
+from pipeline.regression import HALO_PX, Filled, RegressionOptions, fill_acquisition, fill_series
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from series import cases, grow, read_series
+
+DATA = os.environ.get("CLOUDGATE_DATA")
+
+
+@dataclass(frozen=True)
+class Field:
+    truth: np.ndarray  # (T, B, H, W) codes without clouds
+    codes: np.ndarray  # with clouds
+    clear: np.ndarray
+    days: np.ndarray
+
+
+def field(size: int, *, times: int = 8, bands: int = 3, seed: int = 0, cover: float = 0.35) -> Field:
+    """Parcels that ripen at their own pace and are harvested on their own day, dates with their own gain."""
+    rng = np.random.default_rng(seed)
+    parcels = ndimage.zoom(rng.integers(0, 40, (size // 12 + 1, size // 12 + 1)), 12, order=0)[:size, :size]
+    pace, base = rng.random(40)[parcels], rng.random((bands, 40))[:, parcels]
+    harvest = rng.random(40)[parcels]
+    texture = rng.normal(0, 40, (bands, size, size))
+    days = (18_000 + np.sort(rng.choice(90, times, replace=False))).astype(np.int32)
+    truth = np.empty((times, bands, size, size))
+    for t, day in enumerate(days):
+        phase = (day - 18_000) / 90
+        ripe = np.abs(np.sin(np.pi * (phase + pace))) * np.where(harvest < phase, 0.2, 1.0)
+        for b in range(bands):
+            ground = 1300 + 1200 * base[b] + (500 + 250 * b) * ripe + texture[b]
+            truth[t, b] = 1000 + (ground - 1000) * rng.normal(1, 0.05) + rng.normal(0, 25, (size, size))
+    noise = ndimage.gaussian_filter(rng.normal(size=(times, size, size)), (0, 12, 12))
+    clear = noise > np.quantile(noise, cover, axis=(1, 2), keepdims=True)
+    codes = np.where(clear[:, None], truth, 9000.0)
+    return Field(np.rint(truth).astype(np.uint16), np.rint(codes).astype(np.uint16), clear, days)
+
+
+def fill(f: Field, anchor: int, row0: int = 0, col0: int = 0, **kwargs: object) -> Filled:
+    return fill_acquisition(
+        codes=f.codes, clear=f.clear, days=f.days, anchor=anchor, row0=row0, col0=col0, **kwargs
+    )
+
+
+def linear(f: Field, anchor: int) -> np.ndarray:
+    """Plain linear interpolation, pixel by pixel, as the definition says."""
+    out = np.zeros(f.codes.shape[1:])
+    for y, x in np.argwhere(~f.clear[anchor]):
+        seen = [t for t in range(len(f.days)) if t != anchor and f.clear[t, y, x]]
+        if seen:
+            out[:, y, x] = [
+                np.interp(f.days[anchor], f.days[seen], band[seen]) for band in f.codes[:, :, y, x].T
+            ]
+    return out
+
+
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.asarray(values, float) ** 2)))
+
+
+def test_it_beats_linear_and_passes_observed_pixels_through() -> None:
+    f = field(160)
+    ratios = []
+    for anchor in range(8):
+        gap = ~f.clear[anchor]
+        seen = np.delete(f.clear, anchor, axis=0).any(axis=0)
+        filled = fill(f, anchor)
+        np.testing.assert_array_equal(filled.codes[:, ~gap], f.codes[anchor][:, ~gap])
+        error = rms((filled.codes.astype(float) - f.truth[anchor])[:, gap & seen])
+        ratios.append(error / rms((linear(f, anchor) - f.truth[anchor])[:, gap & seen]))
+        np.testing.assert_array_equal((filled.codes != 0).all(axis=0), ~gap | seen)
+        np.testing.assert_array_equal(np.isfinite(filled.sigma).all(axis=0), gap & seen)
+        assert not filled.model[~gap].any()
+    assert max(ratios) < 1.0
+    assert np.mean(ratios) < 0.75
+
+
+def test_bytes_do_not_depend_on_how_blocks_are_cut() -> None:
+    f = field(512, times=5, bands=2)
+    row0, col0 = 1_000_007, -333
+    whole = fill(f, 2, row0, col0)
+    assert whole.model.any()
+    for rows, cols in (
+        (slice(0, 190), slice(0, 300)),
+        (slice(0, 190), slice(300, 512)),
+        (slice(190, 512), slice(0, 77)),
+        (slice(190, 512), slice(77, 512)),
+    ):
+        r, c = max(rows.start - HALO_PX, 0), max(cols.start - HALO_PX, 0)
+        outer = (slice(r, rows.stop + HALO_PX), slice(c, cols.stop + HALO_PX))
+        core = (slice(rows.start - r, rows.stop - r), slice(cols.start - c, cols.stop - c))
+        cut = Field(f.truth, f.codes[:, :, *outer], f.clear[:, *outer], f.days)
+        for piece in (fill(cut, 2, row0 + r, col0 + c), fill(cut, 2, row0 + r, col0 + c, core=core)):
+            np.testing.assert_array_equal(piece.codes[:, *core], whole.codes[:, rows, cols])
+            np.testing.assert_array_equal(piece.sigma[:, *core], whole.sigma[:, rows, cols])
+            np.testing.assert_array_equal(piece.model[core], whole.model[rows, cols])
+            np.testing.assert_array_equal(piece.source_date[core], whole.source_date[rows, cols])
+
+
+def test_outside_the_core_there_is_no_data() -> None:
+    f = field(96)
+    filled = fill(f, 2, core=(slice(10, 60), slice(20, 96)))
+    outside = np.ones((96, 96), bool)
+    outside[10:60, 20:96] = False
+    assert (filled.codes[:, outside] == 0).all()
+    assert (filled.source_date[outside] == 0).all()
+    assert np.isnan(filled.sigma[:, outside]).all()
+
+
+def test_no_seam_where_windows_and_blocks_meet() -> None:
+    f = field(256, times=6, bands=1, cover=0.5)
+    anchor = 3
+    error = fill(f, anchor).codes[0].astype(float) - f.truth[anchor, 0]
+    gap = ~f.clear[anchor] & np.delete(f.clear, anchor, axis=0).any(axis=0)
+    jump = np.abs(np.diff(error, axis=1))
+    both = gap[:, 1:] & gap[:, :-1]
+    at_seam = np.zeros(255, bool)
+    at_seam[63::64] = True
+    assert both[:, at_seam].sum() > 100
+    assert jump[:, at_seam][both[:, at_seam]].mean() < 1.1 * jump[:, ~at_seam][both[:, ~at_seam]].mean()
+
+
+def test_undetected_haze_does_not_spoil_the_fit() -> None:
+    f = field(192, cover=0.3)
+    anchor = 4
+    hazy = f.codes.copy()
+    hazy[anchor, :, :64, :64] += 1200  # thin cloud that the mask calls clear
+    gap = ~f.clear[anchor] & np.delete(f.clear, anchor, axis=0).any(axis=0)
+    gap[:104, :104] = False  # the haze itself is passed through, and its residual is carried next to it
+    clean = rms((fill(f, anchor).codes.astype(float) - f.truth[anchor])[:, gap])
+    spoilt = fill(Field(f.truth, hazy, f.clear, f.days), anchor)
+    assert rms((spoilt.codes.astype(float) - f.truth[anchor])[:, gap]) < 1.25 * clean
+
+
+def test_it_goes_over_into_linear_as_clear_ground_vanishes() -> None:
+    f = field(96, bands=2)
+    anchor, plain = 3, None
+    distance = []
+    for kept in (96 * 96, 400, 40, 4, 0):
+        clear = f.clear.copy()
+        order = np.random.default_rng(1).permutation(96 * 96)[kept:]
+        clear[anchor].reshape(-1)[order] = False
+        cut = Field(f.truth, f.codes, clear, f.days)
+        gap = ~f.clear[anchor]
+        plain = linear(Field(f.truth, f.codes, f.clear, f.days), anchor)
+        filled = fill(cut, anchor)
+        seen = gap & (plain[0] > 0)
+        distance.append(rms((filled.codes - plain)[:, seen]))
+        if kept == 0:
+            assert distance[-1] < 0.51  # only the rounding to whole codes
+            assert not filled.model.any()
+            assert np.isfinite(filled.sigma[:, seen]).all()
+    assert distance == sorted(distance, reverse=True)
+
+
+def test_the_anchor_does_not_leak_into_its_own_features() -> None:
+    f = field(64)
+    anchor = 3
+    other = f.codes.copy()
+    other[anchor] = np.where(f.clear[anchor], other[anchor], 65000)  # hidden: must not matter
+    a, b = fill(f, anchor), fill(Field(f.truth, other, f.clear, f.days), anchor)
+    np.testing.assert_array_equal(a.codes, b.codes)
+
+
+def test_values_stay_near_the_looks_of_their_pixel() -> None:
+    f = field(96, bands=2)
+    wild = f.codes.copy()
+    noise = np.random.default_rng(0).integers(1, 65535, (2, 96, 96))
+    wild[3] = np.where(f.clear[3], noise, 0).astype(np.uint16)
+    options = RegressionOptions(margin_codes=300.0, margin_share=0.0)
+    filled = fill(Field(f.truth, wild, f.clear, f.days), 3, options=options).codes.astype(int)
+    looks = np.where(np.delete(f.clear, 3, axis=0)[:, None], np.delete(wild, 3, axis=0), 0).astype(int)
+    gap = ~f.clear[3] & (looks.max(axis=(0, 1)) > 0)
+    low = np.where(looks == 0, 99_999, looks).min(axis=0)
+    assert (filled[:, gap] <= looks.max(axis=0)[:, gap] + 301).all()
+    assert (filled[:, gap] >= np.maximum(low[:, gap] - 301, 1)).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 64), (1, 1), (3, 200)])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_small_fields_and_few_dates(height: int, width: int, times: int) -> None:
+    f = field(200, times=times, bands=1)
+    cut = Field(f.truth, f.codes[:, :, :height, :width], f.clear[:, :height, :width], f.days)
+    filled = fill(cut, 0, 31, 63)
+    looks = cut.clear.any(axis=0)
+    np.testing.assert_array_equal(filled.codes[0] != 0, looks)
+    np.testing.assert_array_equal(filled.source_date != 0, looks)
+
+
+def test_nothing_clear_and_all_clear() -> None:
+    f = field(64, times=3)
+    none = fill(Field(f.truth, f.codes, np.zeros_like(f.clear), f.days), 1)
+    assert (none.codes == 0).all()
+    assert (none.source_date == 0).all()
+    assert np.isnan(none.sigma).all()
+    every = fill(Field(f.truth, f.truth, np.ones_like(f.clear), f.days), 1)
+    np.testing.assert_array_equal(every.codes, f.truth[1])
+    assert np.isnan(every.sigma).all()
+    assert (every.source_date == f.days[1]).all()
+
+
+def test_ties_in_time_and_many_dates_and_bands() -> None:
+    f = field(64, times=40, bands=10)
+    days = f.days // 7 * 7
+    filled = fill(Field(f.truth, f.codes, f.clear, days), 20)
+    gap = ~f.clear[20]
+    error = rms((filled.codes.astype(float) - f.truth[20])[:, gap])
+    plain = linear(Field(f.truth, f.codes, f.clear, days), 20)
+    assert error < 0.75 * rms((plain - f.truth[20])[:, gap])
+
+
+def test_source_date_is_the_nearest_clear_look() -> None:
+    f = field(48, times=6)
+    anchor = 2
+    filled = fill(f, anchor)
+    for y, x in [(0, 0), (7, 40), (20, 20), (47, 3), (33, 11)]:
+        seen = f.days[f.clear[:, y, x]]
+        best = min(seen, key=lambda d: (abs(d - f.days[anchor]), d))
+        expected = f.days[anchor] if f.clear[anchor, y, x] else best
+        assert filled.source_date[y, x] == expected
+
+
+def test_a_series_is_filled_acquisition_by_acquisition() -> None:
+    f = field(48, times=5, bands=2)
+    series = fill_series(codes=f.codes, clear=f.clear, days=f.days, row0=5, col0=9)
+    for t in range(5):
+        np.testing.assert_array_equal(series[t], fill(f, t, 5, 9).codes)
+    near = fill_series(codes=f.codes, clear=f.clear, days=f.days, row0=5, col0=9, window_days=0)
+    np.testing.assert_array_equal(near != 0, np.broadcast_to(f.clear[:, None], near.shape))
+
+
+def coverage(pairs: list[tuple[Filled, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(B,) share of true values inside the 90 % interval."""
+    inside = [
+        np.abs(filled.codes.astype(float) - truth)[:, hole] <= 1.645 * filled.sigma[:, hole]
+        for filled, truth, hole in pairs
+    ]
+    return np.concatenate(inside, axis=1).mean(axis=1)
+
+
+def test_sigma_covers_ninety_percent_on_a_simulated_field() -> None:
+    f = field(256, times=8, bands=2, seed=4)
+    filled = [fill(f, t) for t in range(1, 7)]
+    share = coverage([(r, f.truth[t], np.isfinite(r.sigma[0])) for t, r in enumerate(filled, 1)])
+    assert ((share > 0.85) & (share < 0.95)).all(), share
+
+
+def test_sigma_grows_with_the_distance_to_clear_ground() -> None:
+    f = field(192, times=6, bands=1, cover=0.0)
+    clear = f.clear.copy()
+    clear[3] = True
+    clear[3, 40:150, 40:150] = False
+    sigma = fill(Field(f.truth, f.codes, clear, f.days), 3).sigma[0]
+    assert np.nanmean(sigma[85:105, 85:105]) > 1.05 * np.nanmean(sigma[40:44, 40:150])
+
+
+@pytest.mark.skipif(DATA is None, reason="CLOUDGATE_DATA is not set: the real series are not at hand")
+@pytest.mark.parametrize("name", ["flanders_31uds", "flanders_31ues"])
+def test_real_series_gain_over_linear_and_sigma_covers(name: str) -> None:
+    series = read_series(Path(str(DATA)) / name)
+    gains, pairs = [], []
+    for case in cases(series):
+        f = Field(case.codes, case.codes, case.clear, case.days)
+        filled = fill(f, case.target)
+        clear = case.clear[case.target]
+        np.testing.assert_array_equal(filled.codes[:, clear], case.codes[case.target][:, clear])
+        error = rms((filled.codes.astype(float) - case.truth)[:, case.hole])
+        gains.append(20 * np.log10(rms((linear(f, case.target) - case.truth)[:, case.hole]) / error))
+        pairs.append((filled, case.truth, case.hole & np.isfinite(filled.sigma[0])))
+    assert len(gains) == {"flanders_31uds": 52, "flanders_31ues": 30}[name]
+    assert np.mean(gains) > {"flanders_31uds": 4.9, "flanders_31ues": 4.2}[name]
+    share = coverage(pairs)
+    assert ((share > 0.85) & (share < 0.95)).all(), share
+
+
+def test_growth_of_a_mask_is_a_disc() -> None:
+    bad = np.zeros((1, 21, 21), bool)
+    bad[0, 10, 10] = True
+    y, x = np.mgrid[-10:11, -10:11]
+    np.testing.assert_array_equal(grow(bad, 5.0)[0], y * y + x * x <= 25)
+
+
+def test_wrong_input_is_refused() -> None:
+    f = field(40, times=3)
+    with pytest.raises(ConfigError, match="anchor 3"):
+        fill(f, 3)
+    with pytest.raises(ConfigError, match="ascending"):
+        fill(Field(f.truth, f.codes, f.clear, f.days[::-1].copy()), 1)
+    with pytest.raises(ConfigError, match="uint16"):
+        fill(Field(f.truth, f.codes.astype(np.float32), f.clear, f.days), 1)
+    with pytest.raises(ConfigError, match="clear is"):
+        fill(Field(f.truth, f.codes, f.clear[:, :5], f.days), 1)
+    with pytest.raises(ConfigError, match="dates = 0"):
+        RegressionOptions(dates=0)
