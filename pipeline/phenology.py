@@ -30,8 +30,11 @@ EPOCH_ORDINAL: Final = date(1970, 1, 1).toordinal()
 class SceneParams:
     """All that shapes a simulated region; sizes in metres or 10 m pixels, reflectance 0 to 1, days as days.
 
-    The calibration knobs (fitted against real series) are the ones with ``sigma``, ``rate``, ``fraction`` and
-    ``spread`` in their names, ``parcel_*`` and ``misregistration_px``.
+    The calibration knobs are those with ``sigma``, ``rate``, ``fraction``, ``mean`` and ``spread`` in their names,
+    ``parcel_*`` and ``misregistration_px``. The defaults were set so that simple methods score on pasted clouds as
+    they do on a real series over fields in Flanders (+-60 days, four bands, eight seeds, true masks; dB, real in
+    brackets): median 30.5 (30.4), nearest look 31.0 (29.8), decay mean 32.6 (32.1), linear 32.7 (31.4), regression
+    37.4 (36.1).
     """
 
     epsg: int = 32633
@@ -48,7 +51,7 @@ class SceneParams:
     water: bool = True
     relief_m: float = 160.0
     phenology_spread_days: float = 8.0
-    event_rate_per_year: float = 0.4
+    event_rate_per_year: float = 0.35
     rain_rate_per_day: float = 0.12
     texture_sigma: float = 0.07
     greenness_texture_sigma: float = 0.09
@@ -65,12 +68,12 @@ class SceneParams:
     cloud_optical_depth: float = 4.0
     cloud_height_m: tuple[float, float] = (700.0, 2200.0)
     cirrus_rate: float = 0.25
-    haze_mean: float = 0.008
-    gain_drift_sigma: float = 0.035
-    cover_drift_sigma: float = 0.015
+    haze_mean: float = 0.016
+    gain_drift_sigma: float = 0.075
+    cover_drift_sigma: float = 0.012
     noise_sigma: float = 0.0012
     noise_relative_sigma: float = 0.008
-    misregistration_px: float = 0.3
+    misregistration_px: float = 0.2
     shadow_transmission: float = 0.4
     # --- the imperfect mask
     scl_omission_fraction: float = 0.06

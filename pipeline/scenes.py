@@ -80,6 +80,7 @@ DEMO_PARAMS: Final = SceneParams(
     width_px=768,
     height_px=912,
     flood_day=(date(2021, 7, 16) - EPOCH).days,
+    gain_drift_sigma=0.035,  # fair summer weather; the default stands for a whole year with its undetected haze
 )
 _SWATH: Final = 502_400.0
 
