@@ -42,7 +42,8 @@ def dn_to_codes(dn: NDArray[Any], asset: Asset, offset_dn: int | None) -> Codes:
     """
     if offset_dn is None:
         raise ItemError(
-            f"{asset.href}: no BOA offset was decided for this item; run the scout first, or set an override (0 or -1000)"
+            f"{asset.href}: no BOA offset was decided for this item; run the scout first, or set an override "
+            "(0 or -1000)"
         )
     nodata = 0.0 if asset.nodata is None else asset.nodata
     shift = CODE_OFFSET + int(offset_dn)
@@ -63,9 +64,7 @@ def dn_to_codes(dn: NDArray[Any], asset: Asset, offset_dn: int | None) -> Codes:
     return codes
 
 
-def spread_cells(
-    cells: NDArray[Any], factor: int, offset: tuple[int, int], shape: tuple[int, int]
-) -> NDArray[Any]:
+def spread_cells(cells: NDArray[Any], factor: int, offset: tuple[int, int], shape: tuple[int, int]) -> NDArray[Any]:
     """Coarse cells (..., hc, wc) onto the fine lattice: (..., *shape), each cell repeated over its pixels.
 
     ``offset`` is the place (row, col) of the fine [0, 0] in fine pixels from the corner of the cell [0, 0]; the cells
@@ -103,8 +102,8 @@ def fuse_scenes(
     """Scenes of one acquisition to one layer.
 
     The states are fused on their own lattice by ``fuse_states``, so they may cover a margin around the codes (growth
-    needs one) and no code decides about growth. Codes are decided pixel by pixel: a pixel of a scene is valid when every
-    band has a code and its state is not ``NODATA``; the first scene (in the order given: by item id) that is valid and
+    needs one) and no code decides about growth. Codes are decided pixel by pixel: a pixel of a scene is valid when
+    every band has a code and its state is not ``NODATA``; the first scene (in the order given: by item id) that is valid and
     clear there gives all bands, else the first valid one, else all are 0. Where the states say clear and only a scene
     that is not clear has codes, there is no look either.
 

@@ -6,6 +6,7 @@ a truncated answer would be served again); a 403 renews the token once; the rest
 carry GDAL's own words, which rasterio keeps in the chain of causes, and never a query string.
 """
 
+import atexit
 import os
 import random
 import re
@@ -42,16 +43,14 @@ MAX_OPEN: Final = 400
 MAX_WAIT_S: Final = 60.0
 
 _PASSING: Final = re.compile(
-    r"HTTP (?:response|error) code ?: ?(408|425|429|5\d\d)|timed? ?out|too slow|could ?n.?t resolve|could not resolve|connect",
+    r"HTTP (?:response|error) code ?: ?(408|425|429|5\d\d)|timed? ?out|too slow|could(?:n't| not) resolve|connect",
     re.IGNORECASE,
 )
 _LASTING: Final = re.compile(
     r"HTTP (?:response|error) code ?: ?(400|401|404|405|410)\b|no such file|NoSuchKey|key does not exist|NoSuchBucket",
     re.IGNORECASE,
 )
-_FORBIDDEN: Final = re.compile(
-    r"HTTP (?:response|error) code ?: ?403\b|AccessDenied|Access Denied", re.IGNORECASE
-)
+_FORBIDDEN: Final = re.compile(r"HTTP (?:response|error) code ?: ?403\b|AccessDenied|Access Denied", re.IGNORECASE)
 Fault = Literal["transient", "permanent", "forbidden"]
 
 
@@ -97,8 +96,9 @@ def words(error: BaseException) -> str:
 
 
 def classify(text: str, *, remote: bool) -> Fault:
-    """Whether waiting may help. What a remote raster cannot parse may be a cut-off answer, so it may pass; a local
-    file that cannot be parsed stays broken.
+    """Whether waiting may help.
+
+    A remote raster that cannot be parsed may be a cut-off answer, so it may pass; a local one stays broken.
     """
     if _FORBIDDEN.search(text):
         return "forbidden"
@@ -167,6 +167,7 @@ class Handles:
 
 
 HANDLES: Final = Handles()
+atexit.register(HANDLES.close)  # datasets left to the interpreter's end complain on stderr
 _bounded = threading.Event()
 
 
@@ -226,7 +227,7 @@ def with_dataset[T](
                 continue
             if fault != "transient" or attempt >= tries:
                 raise ReadError(_message(href, said, fault, attempt), transient=fault == "transient")
-            time.sleep(min(backoff * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.5))
+            time.sleep(min(backoff * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.5))  # noqa: S311 - a jitter
             attempt += 1
 
 

@@ -71,7 +71,7 @@ def _fetch(url: str) -> _Token:
     problem, transient = "", True
     for attempt in range(TRIES):
         if attempt:
-            time.sleep(0.5 * 2**attempt * random.uniform(0.5, 1.5))
+            time.sleep(0.5 * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311 - a jitter
         try:
             answer = requests.get(url, headers=headers, timeout=TIMEOUT_S)
         except requests.RequestException as error:
@@ -86,7 +86,8 @@ def _fetch(url: str) -> _Token:
         if not transient:
             break
     raise ReadError(
-        f"token service {url}: {problem}; check the network, or set PC_SDK_SUBSCRIPTION_KEY if the collection needs a key",
+        f"token service {url}: {problem}; check the network, or set PC_SDK_SUBSCRIPTION_KEY if the collection "
+        "needs a key",
         transient=transient,
     )
 
@@ -101,7 +102,7 @@ def _parse(url: str, answer: requests.Response) -> _Token:
             f"token service {url}: the answer holds no token and msft:expiry; check auth.token_url"
         ) from error
     ends = ends if ends.tzinfo else ends.replace(tzinfo=UTC)
-    return _Token(query, ends.timestamp() - RENEW_S * random.uniform(1.0, 2.0))
+    return _Token(query, ends.timestamp() - RENEW_S * random.uniform(1.0, 2.0))  # noqa: S311 - a jitter
 
 
 def _token_url(href: str, auth: Auth) -> str | None:

@@ -1,4 +1,4 @@
-"""Resampling onto the lattice: in comes a raster's georeference and a way to fetch its pixels, out come a grid's pixels.
+"""Resampling onto the lattice: in come a raster's georeference and a way to fetch pixels, out come a grid's pixels.
 
 Pure NumPy and pyproj, no files. Every step works pixel by pixel on *global* lattice indices (coordinates of a pixel
 are computed from its global row and column, the projection is evaluated on nodes fixed to the lattice), so the bytes
@@ -163,11 +163,7 @@ def resample(fetch: Fetch, frame: Frame, grid: Grid, kind: Kind) -> Raster:
     if rows is None or cols is None:
         return np.full(grid.shape, frame.nodata, fetch(0, 1, 0, 1).dtype)
     source = fetch(*rows, *cols)
-    sample = (
-        _Nearest(source, rows[0], cols[0])
-        if kind == "classes"
-        else _Bilinear(source, rows[0], cols[0], frame)
-    )
+    sample = _Nearest(source, rows[0], cols[0]) if kind == "classes" else _Bilinear(source, rows[0], cols[0], frame)
     if not isinstance(where, _Nodes):
         return sample(where)
     out = np.empty(grid.shape, source.dtype)
@@ -203,9 +199,7 @@ class _Nodes:
         i, g = self.at_row[0][first:last], self.at_row[1][first:last, None]
         return self._between(self.rows, i, g), self._between(self.cols, i, g)
 
-    def _between(
-        self, nodes: NDArray[np.float64], i: NDArray[np.intp], g: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def _between(self, nodes: NDArray[np.float64], i: NDArray[np.intp], g: NDArray[np.float64]) -> NDArray[np.float64]:
         j, k = self.at_col
         along = nodes[i] * (1 - g) + nodes[i + 1] * g
         fine: NDArray[np.float64] = along[:, j] * (1 - k) + along[:, j + 1] * k
@@ -220,9 +214,7 @@ def _nodes(frame: Frame, grid: Grid) -> _Nodes:
     nodes_c = np.arange(col_node[0], col_node[-1] + 2) * NODE_PX
     x: NDArray[np.float64]
     y: NDArray[np.float64]
-    x, y = np.meshgrid(
-        grid.phase_m[0] + nodes_c * grid.resolution_m, grid.phase_m[1] - nodes_r * grid.resolution_m
-    )
+    x, y = np.meshgrid(grid.phase_m[0] + nodes_c * grid.resolution_m, grid.phase_m[1] - nodes_r * grid.resolution_m)
     if not same_crs(frame.crs, grid.crs):
         x, y = _transformer(grid.crs, frame.crs).transform(x, y)
     undefined = ~(np.isfinite(x) & np.isfinite(y))
@@ -303,9 +295,7 @@ class _Bilinear:
         return out
 
 
-def _lower(
-    coords: NDArray[np.float64], start: int, size: int
-) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+def _lower(coords: NDArray[np.float64], start: int, size: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     """The lower neighbour of each coordinate (pixel centres) and the weight of the upper one."""
     centre = coords - 0.5
     low = np.floor(centre)

@@ -1,12 +1,12 @@
 """Reading windows: native, warped, failing, and how scenes become layers. Rasters are made here, small and real."""
 
 import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+from loopback import RangeHandler, serve
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.warp import reproject, transform_bounds
@@ -18,7 +18,6 @@ from pipeline.grid import Grid
 from pipeline.items import Asset
 from pipeline.profiles import Profile
 from pipeline.reader import CLEAR, NODATA, dn_to_codes, fuse_scenes, read_coarse, read_window
-from loopback import RangeHandler, serve
 
 UTM = "EPSG:32633"
 PROFILE = Profile(name="test", bands={}, retry={"tries": 4, "backoff_s": 0.01})
@@ -211,9 +210,7 @@ def test_mask_lattice_and_covering_grid(tmp_path):
 def test_cells_spread_are_the_nearest_read(tmp_path, phase):
     """Reading the mask on its own lattice and repeating it gives what nearest neighbour gives on the grid."""
     classes = np.random.default_rng(3).integers(0, 12, (60, 70), np.uint8)
-    asset = write_cog(
-        tmp_path / "scl.tif", classes, size=60.0, left=500000.0 + phase[0], top=5_100_000.0 + phase[1]
-    )
+    asset = write_cog(tmp_path / "scl.tif", classes, size=60.0, left=500000.0 + phase[0], top=5_100_000.0 + phase[1])
     grid = grid_at(-5, -3, 111, 97)
     factor, cell_phase = reader.mask_lattice([asset], grid)
     assert factor == 6
@@ -321,16 +318,14 @@ def test_lasting_faults_are_told_at_once(tmp_path, server):
     assert "secret" not in str(caught.value)
     handler.faults[:] = [503] * 99
     remote = Asset(f"{url}/a.tif", asset.crs, asset.shape, asset.transform)
-    with pytest.raises(ReadError, match="503.*tried 4 times") as caught:
+    with pytest.raises(ReadError, match=r"503.*tried 4 times") as caught:
         read_window(remote, grid_at(0, 0, 9, 9), profile=PROFILE)
     assert caught.value.transient
     assert len(handler.faults) == 95
 
 
 def test_a_truncated_or_missing_file_is_a_lasting_fault(tmp_path):
-    asset = write_cog(
-        tmp_path / "a.tif", np.random.default_rng(0).integers(1, 60000, (400, 400)).astype(np.uint16)
-    )
+    asset = write_cog(tmp_path / "a.tif", np.random.default_rng(0).integers(1, 60000, (400, 400)).astype(np.uint16))
     path = Path(asset.href)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ReadError, match=r"(?s)a\.tif.*Read error") as caught:
@@ -363,7 +358,7 @@ def test_datasets_stay_open_and_the_oldest_close(tmp_path, server):
 
 
 def test_pool_reads_in_parallel_counts_and_reports_failures(tmp_path, server):
-    url, handler = server
+    url, _ = server
     data = scene()
     asset = write_cog(tmp_path / "a.tif", data)
     good = Asset(f"{url}/a.tif", asset.crs, asset.shape, asset.transform)
@@ -400,9 +395,7 @@ def test_pool_bounds_what_is_in_flight(tmp_path, monkeypatch):
     asset = Asset("a.tif", UTM, (9, 9), (10.0, 0.0, 0.0, 0.0, -10.0, 0.0))
     with reader.ReadPool(threads=2, ahead=3) as pool:
         sent = []
-        feeder = threading.Thread(
-            target=lambda: sent.extend(pool.submit(asset, grid_at(0, 0, 2, 2)) for _ in range(8))
-        )
+        feeder = threading.Thread(target=lambda: sent.extend(pool.submit(asset, grid_at(0, 0, 2, 2)) for _ in range(8)))
         feeder.start()
         feeder.join(0.3)
         assert feeder.is_alive()

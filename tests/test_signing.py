@@ -120,10 +120,7 @@ def test_many_threads_fetch_one_token(tokens):
     blob = "https://acc.blob.core.windows.net/box/a.tif"
     first = signing.sign(blob, auth)
     got = []
-    threads = [
-        threading.Thread(target=lambda: got.append(signing.sign(blob, auth, refused=first)))
-        for _ in range(12)
-    ]
+    threads = [threading.Thread(target=lambda: got.append(signing.sign(blob, auth, refused=first))) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -166,7 +163,7 @@ def test_a_stale_token_is_refreshed_once_and_the_read_succeeds(tokens, blobs):
 
 def test_an_open_dataset_with_a_stale_token_is_reopened(tokens, blobs):
     _, auth = tokens
-    server, asset, data = blobs
+    server, asset, _ = blobs
     profile = Profile(name="pc", bands={}, auth=auth, retry={"tries": 2, "backoff_s": 0.01})
     server.good[:] = ["token-1"]
     reader.read_window(asset, GRID, profile=profile)
@@ -234,6 +231,4 @@ def test_a_bearer_token_reaches_the_server(tmp_path, monkeypatch):
 
 def test_redacted_text_keeps_the_address():
     text = "cannot read https://a.blob.core.windows.net/b/c.tif?se=1&sig=SECRET: HTTP response code: 403"
-    assert (
-        signing.redact(text) == "cannot read https://a.blob.core.windows.net/b/c.tif HTTP response code: 403"
-    )
+    assert signing.redact(text) == "cannot read https://a.blob.core.windows.net/b/c.tif HTTP response code: 403"
