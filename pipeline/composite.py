@@ -162,9 +162,7 @@ def complete_looks(*, codes: Codes, clear: NDArray[np.bool_]) -> NDArray[np.bool
     return np.asarray(clear & (np.minimum.reduce(codes, axis=1) != 0))
 
 
-def _compose(
-    codes: Codes, clear: NDArray[np.bool_], days: NDArray[np.int32], target: int, kernel: _Kernel
-) -> Composed:
+def _compose(codes: Codes, clear: NDArray[np.bool_], days: NDArray[np.int32], target: int, kernel: _Kernel) -> Composed:
     """Check the arrays, run ``kernel`` on every strip, and put dates to the looks it shows."""
     _check(codes, clear, days)
     looks, bands, height, width = codes.shape
@@ -199,9 +197,7 @@ def _check(codes: Codes, clear: NDArray[np.bool_], days: NDArray[np.int32]) -> N
     if codes.ndim != 4 or codes.dtype != np.uint16:
         raise ValueError(f"codes must be uint16 (T, B, H, W), got {codes.dtype} {codes.shape}")
     if clear.dtype != np.bool_ or clear.shape != (codes.shape[0], *codes.shape[2:]):
-        raise ValueError(
-            f"clear must be bool (T, H, W) of codes {codes.shape}, got {clear.dtype} {clear.shape}"
-        )
+        raise ValueError(f"clear must be bool (T, H, W) of codes {codes.shape}, got {clear.dtype} {clear.shape}")
     if days.shape != codes.shape[:1] or not 1 <= len(days) < np.iinfo(np.uint16).max:
         raise ValueError(f"days must hold one day for each of the {codes.shape[0]} looks (1..65534)")
     if np.any(np.diff(days) < 0):

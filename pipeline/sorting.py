@@ -110,16 +110,17 @@ def quantile_fillers(usable: Words, parts: int) -> tuple[Words, Words]:
         the next, in units of 1/parts.
     """
     fill = np.invert(usable)
-    left = np.full(usable.shape[1:], len(usable), np.uint16)
-    spare = np.empty_like(left)
-    for missing in fill:
-        np.add(left, missing, out=left)  # 65535 is -1
-        np.bitwise_and(left, np.uint16(parts - 1), out=spare)
-        np.minimum(spare, np.uint16(1), out=spare)
-        np.negative(spare, out=spare)
-        np.bitwise_and(missing, spare, out=missing)
-    np.add(left, np.uint16(parts - 1), out=left)
-    return fill, np.bitwise_and(left, np.uint16(parts - 1), out=left)
+    shift = 17 - parts.bit_length()
+    # The number of looks left is counted in the top bits, where overflow takes it modulo parts.
+    minus_one = np.bitwise_and(fill, np.uint16((parts - 1) << shift))
+    left = np.full(usable.shape[1:], (len(usable) << shift) & 0xFFFF, np.uint16)
+    high = np.empty_like(left)
+    for missing, less in zip(fill, minus_one, strict=True):
+        np.add(left, less, out=left)
+        np.minimum(left, np.uint16(1), out=high)
+        np.multiply(missing, high, out=missing)
+    np.subtract(left, np.uint16(1 << shift), out=left)
+    return fill, np.right_shift(left, np.uint16(shift), out=left)
 
 
 def filled_quantile(filled: Codes, share: Words, *, parts: int, spare: Codes, out: Codes) -> None:
@@ -138,13 +139,15 @@ def filled_quantile(filled: Codes, share: Words, *, parts: int, spare: Codes, ou
     sort_rows(rows, selection_network(len(filled), (low, high) if high > low else (low,)), spare)
     a = rows[low]
     np.subtract(rows[high], a, out=out)
-    if parts == 2:
-        np.bitwise_and(out, np.negative(share), out=out)
-        np.add(out, np.uint16(1), out=out)
-        np.right_shift(out, np.uint16(1), out=out)
-    else:
-        wide = np.multiply(out, share, dtype=np.uint32)
-        np.copyto(out, (wide + np.uint32(parts // 2)) // np.uint32(parts), casting="unsafe")
+    # (step * share + parts / 2) // parts within 16 bits: the multiple of parts apart from the rest.
+    shift = np.uint16(parts.bit_length() - 1)
+    rest = np.bitwise_and(out, np.uint16(parts - 1))
+    np.multiply(rest, share, out=rest)
+    np.add(rest, np.uint16(parts // 2), out=rest)
+    np.right_shift(rest, shift, out=rest)
+    np.right_shift(out, shift, out=out)
+    np.multiply(out, share, out=out)
+    np.add(out, rest, out=out)
     np.add(out, a, out=out)
     # With no look at all the rank holds a low filler, 0, and the sum above is meaningless.
     np.minimum(a, np.uint16(1), out=a)

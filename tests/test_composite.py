@@ -95,9 +95,7 @@ def rule_medoid(values: NDArray[np.float64], days: NDArray[np.int64]) -> tuple[l
 def test_statistics_equal_numpy(looks: int, share_clear: float) -> None:
     block = scene(looks=looks, share_clear=share_clear, seed=looks, low=looks % 2)
     assert np.array_equal(METHODS["median"](**block).codes, reference(block, lambda x: np.nanmedian(x, 0)))
-    assert np.array_equal(
-        METHODS["p25"](**block).codes, reference(block, lambda x: np.nanpercentile(x, 25, 0))
-    )
+    assert np.array_equal(METHODS["p25"](**block).codes, reference(block, lambda x: np.nanpercentile(x, 25, 0)))
     assert np.array_equal(METHODS["mean"](**block).codes, reference(block, lambda x: np.nanmean(x, 0)))
 
 

@@ -1,0 +1,391 @@
+"""Cloud masks: rasters of cloud classes in, ``cloud``, ``shadow`` and ``clear`` per look out.
+
+In: the mask raster of each acquisition (SCL, a class map, Fmask bits, a cloud probability), on a lattice
+as coarse as the grid or coarser; and the darkest band's codes (with the near infrared if there is one).
+Out: :class:`MaskLayers` on the grid, bool, True = affected, and ``clear = valid & ~cloud & ~shadow``.
+
+The way: :func:`apply_rule` turns values into a state; :func:`grow` opens and grows cloud and shadow in
+metres on the raster's own lattice; :func:`mask_block` brings both to the grid and adds what the temporal
+check finds (:mod:`pipeline.temporal`). :func:`cloud_mask` does the same lazily on a cube. All of it is
+exactly local: given :func:`halo_m` of margin, results do not depend on how blocks are cut.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Final
+
+import cv2
+import dask.array as da
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from pipeline.errors import ConfigError
+from pipeline.mask_models import mask_model
+from pipeline.profiles import MaskRule
+from pipeline.sorting import Codes
+from pipeline.states import (
+    CLEAR,
+    CLOUD,
+    NODATA,
+    SHADOW,
+    State,
+    apply_rule,
+    state_from_bits,
+    state_from_classes,
+    state_from_probability,
+    state_from_scl,
+)
+from pipeline.temporal import bright_and_dark
+
+__all__ = [
+    "CLEAR",
+    "CLOUD",
+    "NODATA",
+    "SHADOW",
+    "MaskLayers",
+    "MaskParams",
+    "MaskRule",
+    "apply_rule",
+    "cloud_mask",
+    "grow",
+    "halo_m",
+    "mask_block",
+    "mask_model",
+    "scene_fails",
+    "state_from_bits",
+    "state_from_classes",
+    "state_from_probability",
+    "state_from_scl",
+    "temporal_check",
+]
+
+type Flags = NDArray[np.bool_]
+
+# Bits in which growth results travel from the raster's lattice to the grid.
+_CLOUD_BIT: Final = 1
+_SHADOW_BIT: Final = 2
+_NODATA_BIT: Final = 4
+
+# Blocks run in threads of their own; OpenCV's would only fight them.
+cv2.setNumThreads(1)
+
+_NIR_NAMES: Final = ("nir", "nir08")
+
+
+@dataclass(frozen=True)
+class MaskParams:
+    """Growth in metres on the ground, and whether dates are compared with each other."""
+
+    open_m: float = 40.0
+    cloud_grow_m: float = 100.0
+    shadow_grow_m: float = 100.0
+    temporal_check: bool = True
+
+
+@dataclass(frozen=True)
+class MaskLayers:
+    """Bool (T, H, W) each: True = cloudy, True = in shadow, and True = usable (valid and neither)."""
+
+    cloud: Flags
+    shadow: Flags
+    clear: Flags
+
+
+def halo_m(open_m: float, cloud_grow_m: float, shadow_grow_m: float) -> float:
+    """Metres beyond a pixel that its mask depends on: opening reaches twice its radius, growth once."""
+    return 2 * open_m + max(cloud_grow_m, shadow_grow_m)
+
+
+def grow(
+    *, state: State, resolution_m: float, open_m: float, cloud_grow_m: float, shadow_grow_m: float
+) -> tuple[Flags, Flags]:
+    """Cloud and shadow, each opened and then grown by a disk, on the raster's own lattice.
+
+    Opening keeps of a cloud whatever a disk of ``open_m`` fits into: objects narrower than that in any
+    direction vanish, corners are rounded, and growth afterwards is from what is left. Cloud and shadow
+    are opened apart, so a thin shadow beside a large cloud goes too unless growth of the cloud covers it.
+    Beyond the array, and on no data, there is no cloud; give :func:`halo_m` of margin.
+
+    Args:
+        state: uint8 (T, h, w).
+        resolution_m: Pixel size of ``state``. Radii are Euclidean, whole pixels within ``radius / resolution``.
+        open_m: Radius of the opening; 0 for none.
+        cloud_grow_m: Radius by which cloud grows; 0 for none.
+        shadow_grow_m: Radius by which shadow grows; 0 for none.
+
+    Returns:
+        cloud and shadow, bool (T, h, w), True = affected; they may overlap.
+    """
+    cloud, shadow = np.empty(state.shape, np.uint8), np.empty(state.shape, np.uint8)
+    for out, value, reach in ((cloud, CLOUD, cloud_grow_m), (shadow, SHADOW, shadow_grow_m)):
+        np.equal(state, value, out=out.view(np.bool_))
+        for layer in out:
+            if layer.size and cv2.countNonZero(layer):
+                layer[:] = _dilated(_opened(layer, open_m / resolution_m), reach / resolution_m)
+    return cloud.view(np.bool_), shadow.view(np.bool_)
+
+
+@lru_cache(maxsize=32)
+def disk(radius_px: float) -> State:
+    """Euclidean disk as a structuring element: 1 where the centre is at most ``radius_px`` away."""
+    # 1e-9: 100 m at 20 m must be 5 px whatever the division's last bit says.
+    reach = int(radius_px + 1e-9)
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    return (x * x + y * y <= (radius_px + 1e-9) ** 2).astype(np.uint8)
+
+
+def _opened(layer: State, radius_px: float) -> State:
+    element = disk(radius_px)
+    if element.size == 1:
+        return layer
+    kept = cv2.erode(layer, element, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return np.asarray(cv2.dilate(kept, element, borderType=cv2.BORDER_CONSTANT, borderValue=0))
+
+
+def _dilated(layer: State, radius_px: float) -> State:
+    element = disk(radius_px)
+    if element.size == 1:
+        return layer
+    return np.asarray(cv2.dilate(layer, element, borderType=cv2.BORDER_CONSTANT, borderValue=0))
+
+
+def temporal_check(*, codes: Codes, clear: Flags, days: NDArray[np.int32], nir: Codes | None = None) -> Flags:
+    """Clear looks that are brighter or darker than the other dates allow; bool (T, H, W).
+
+    Args:
+        codes: uint16 (T, H, W), the darkest band (blue), 0 = no data.
+        clear: bool (T, H, W), True = usable so far; only these can be marked.
+        days: int32 (T,) since 1970-01-01, ascending.
+        nir: uint16 (T, H, W) or None; without it only deep shadow is found.
+
+    Returns:
+        True = missed cloud, haze or shadow. Halo 0. Lasting changes (harvest, ploughing, snow) can be
+        marked on their first dates; a pixel with one clear look never is. See :mod:`pipeline.temporal`.
+    """
+    bright, dark = bright_and_dark(codes=codes, clear=clear, days=days, nir=nir)
+    return bright | dark
+
+
+def scene_fails(suspicious_share: float, *, max_share: float = 0.5) -> bool:
+    """Whether an acquisition fails the temporal check as a whole, and so can be no anchor.
+
+    Args:
+        suspicious_share: Share (0-1) of its clear pixels that :func:`temporal_check` marks, from coarse
+            data over the whole area; 0 where none is clear.
+        max_share: On real series truly clear dates stay below 0.3, missed white scenes reach 0.9 to 1.
+    """
+    return bool(suspicious_share > max_share)
+
+
+def mask_block(
+    *,
+    state: State,
+    factor: int,
+    offset: tuple[int, int],
+    codes: Codes | None,
+    nir: Codes | None,
+    days: NDArray[np.int32],
+    resolution_m: float,
+    params: MaskParams,
+    shape: tuple[int, int] | None = None,
+) -> MaskLayers:
+    """Masks of one block of the grid, eager; halo as :func:`halo_m`, within ``state`` only.
+
+    Args:
+        state: uint8 (T, h, w) on a lattice ``factor`` times coarser than the grid.
+        factor: Grid pixels along one state pixel (2 for SCL under a 10 m grid).
+        offset: (rows, cols) of the block's pixel [0, 0] inside the state array, in grid pixels; with a
+            margin around the block it includes the margin.
+        codes: uint16 (T, H, W), the darkest band, or None: no temporal check, and valid is where the
+            state has data.
+        nir: uint16 (T, H, W) or None.
+        days: int32 (T,) since 1970-01-01, ascending.
+        resolution_m: Pixel size of the grid (not of the state).
+        params: Growth and checks.
+        shape: (H, W) of the block where ``codes`` is None; default: to the end of the state.
+
+    Returns:
+        Bool (T, H, W) layers. What the temporal check finds too bright is in ``cloud``, too dark in
+        ``shadow``; it is not grown.
+    """
+    cells = _grown_bits(state, factor * resolution_m, params)
+    if codes is not None:
+        shape = (codes.shape[1], codes.shape[2])
+    elif shape is None:
+        shape = (state.shape[1] * factor - offset[0], state.shape[2] * factor - offset[1])
+    bits = _to_grid(cells, factor, offset, shape)
+    return _unpack(_checked_bits(bits, codes, nir, None, days=days, temporal_check=params.temporal_check))
+
+
+def _grown_bits(state: State, resolution_m: float, params: MaskParams) -> State:
+    """Cloud, shadow and no-data bits (T, h, w) after growth, on the state's lattice."""
+    cloud, shadow = grow(
+        state=state,
+        resolution_m=resolution_m,
+        open_m=params.open_m,
+        cloud_grow_m=params.cloud_grow_m,
+        shadow_grow_m=params.shadow_grow_m,
+    )
+    bits = np.multiply(state == NODATA, np.uint8(_NODATA_BIT), dtype=np.uint8)
+    np.bitwise_or(bits, cloud.view(np.uint8), out=bits)
+    np.bitwise_or(bits, np.left_shift(shadow.view(np.uint8), np.uint8(1)), out=bits)
+    return bits
+
+
+def _to_grid(cells: State, factor: int, offset: tuple[int, int], shape: tuple[int, int]) -> State:
+    """Nearest-neighbour upsampling of (T, h, w) and the cut to the block."""
+    (top, left), (height, width) = offset, shape
+    if top + height > cells.shape[1] * factor or left + width > cells.shape[2] * factor or min(offset) < 0:
+        raise ValueError(
+            f"a block of {shape} at {offset} does not lie in a state of {cells.shape[1:]} times {factor}; "
+            "read the state with the block's whole footprint"
+        )
+    if factor == 1:
+        return np.ascontiguousarray(cells[:, top : top + height, left : left + width])
+    rows = slice(top // factor, -(-(top + height) // factor))
+    cols = slice(left // factor, -(-(left + width) // factor))
+    wide = np.repeat(cells[:, rows, cols], factor, axis=2)[:, :, left % factor :][:, :, :width]
+    out = np.empty((len(cells), height, width), np.uint8)
+    for phase in range(factor):
+        # Grid rows of one phase inside their cells: rows (phase - top) mod factor, and so on by factor.
+        first = (phase - top) % factor
+        start = (first + top) // factor - rows.start
+        target = out[:, first::factor]
+        target[:] = wide[:, start : start + target.shape[1]]
+    return out
+
+
+def _checked_bits(
+    bits: State,
+    codes: Codes | None,
+    nir: Codes | None,
+    valid: Flags | None,
+    *,
+    days: NDArray[np.int32],
+    temporal_check: bool,
+) -> State:
+    """Cloud, shadow and not-valid bits (T, H, W) on the grid, with the temporal check's findings."""
+    out = bits.copy()
+    for empty in (None if codes is None else codes == 0, None if valid is None else ~valid):
+        if empty is not None:
+            np.bitwise_or(out, np.left_shift(empty.view(np.uint8), np.uint8(2)), out=out)
+    if codes is not None and temporal_check and len(codes) > 1:
+        bright, dark = bright_and_dark(codes=codes, clear=out == 0, days=days, nir=nir)
+        np.bitwise_or(out, bright.view(np.uint8), out=out)
+        np.bitwise_or(out, np.left_shift(dark.view(np.uint8), np.uint8(1)), out=out)
+    return out
+
+
+def _unpack(bits: State) -> MaskLayers:
+    return MaskLayers(cloud=(bits & _CLOUD_BIT) != 0, shadow=(bits & _SHADOW_BIT) != 0, clear=bits == 0)
+
+
+def cloud_mask(*, cube: xr.Dataset, params: MaskParams | None = None, darkest_band: str = "blue") -> xr.Dataset:
+    """Masks of a cube, lazy where the cube is lazy (nothing is computed here), eager on numpy.
+
+    Args:
+        cube: ``reflectance (time, band, y, x)`` float32 (NaN none), ``valid (time, y, x)`` bool, ``state
+            (time, y, x)`` uint8 brought to the grid by nearest neighbour, with ``state.attrs``:
+            ``factor`` and ``offset`` ([rows, cols] of the cube's [0, 0] inside its state cell);
+            ``cube.attrs["resolution_m"]``.
+        params: Growth and checks; default :class:`MaskParams`.
+        darkest_band: The band that the temporal check compares.
+
+    Returns:
+        ``cloud``, ``shadow`` (True = affected) and ``clear`` (time, y, x) bool, equal to what
+        :func:`mask_block` gives on the same data. Where the cube ends there is no cloud beyond.
+
+    Raises:
+        ConfigError: the cube lacks a variable, an attribute or the darkest band.
+    """
+    params = params or MaskParams()
+    _check_cube(cube, darkest_band, params)
+    resolution_m = float(cube.attrs["resolution_m"])
+    names = [str(name) for name in cube["band"].values]
+    looked_at = [name for name in (darkest_band, *_NIR_NAMES) if name in names][: 2 if params.temporal_check else 0]
+    days = cube["time"].values.astype("datetime64[D]").astype(np.int64).astype(np.int32)
+    reflectance = cube["reflectance"].transpose("time", "band", "y", "x")
+    arrays = [cube["valid"].transpose("time", "y", "x").data, _bits_on_grid(cube, resolution_m, params)]
+    arrays += [reflectance.sel(band=name).data for name in looked_at]
+
+    def finish(valid: Flags, bits: State, *refl: NDArray[np.float32]) -> State:
+        codes, nir, *_ = [*(reflectance_to_codes(r) for r in refl), None, None]
+        return _checked_bits(bits, codes, nir, valid, days=days, temporal_check=params.temporal_check)
+
+    if any(isinstance(array, da.Array) for array in arrays):
+        # One chunk in time: dates are compared with each other. Chunks in space follow the pixels'.
+        yx = next(a for a in (*arrays[2:], *arrays) if isinstance(a, da.Array)).chunks[-2:]
+        lazy = [da.asarray(array).rechunk((-1, *yx)) for array in arrays]
+        checked = da.map_blocks(finish, *lazy, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
+    else:
+        checked = finish(*arrays)
+    dims, coords = (
+        ("time", "y", "x"),
+        {name: cube.coords[name] for name in ("time", "y", "x") if name in cube.coords},
+    )
+    layers = {
+        "cloud": (checked & _CLOUD_BIT) != 0,
+        "shadow": (checked & _SHADOW_BIT) != 0,
+        "clear": checked == 0,
+    }
+    return xr.Dataset({name: (dims, data) for name, data in layers.items()}, coords=coords, attrs=cube.attrs)
+
+
+def reflectance_to_codes(reflectance: NDArray[np.float32]) -> Codes:
+    """Codes uint16 from reflectance float32: rounded, clipped to 1..65534; NaN becomes 0."""
+    codes = np.clip(np.rint(reflectance * np.float32(1e4) + np.float32(1000)), 1, 65534)
+    return np.nan_to_num(codes, copy=False, nan=0).astype(np.uint16)
+
+
+def _check_cube(cube: xr.Dataset, darkest_band: str, params: MaskParams) -> None:
+    missing = [name for name in ("reflectance", "valid", "state") if name not in cube]
+    if missing:
+        raise ConfigError(f"cloud_mask: the cube lacks {missing}; make it with open_cube, which reads the mask too")
+    if "resolution_m" not in cube.attrs or not {"factor", "offset"} <= set(cube["state"].attrs):
+        raise ConfigError(
+            "cloud_mask: cube.attrs['resolution_m'] and state.attrs 'factor' and 'offset' say how the mask lies under "
+            "the grid and are not there; xarray drops attributes in arithmetic (use xr.set_options(keep_attrs=True))"
+        )
+    names = [str(name) for name in cube["band"].values]
+    if params.temporal_check and darkest_band not in names:
+        raise ConfigError(
+            f"cloud_mask: the temporal check compares the darkest band {darkest_band!r}, and the cube has {names}; "
+            "add the band, name another as darkest_band, or set temporal_check=False"
+        )
+
+
+def _bits_on_grid(cube: xr.Dataset, resolution_m: float, params: MaskParams) -> State | da.Array:
+    """Growth on the cells of the mask's own lattice, brought back to the grid; lazy if the state is."""
+    state = cube["state"].transpose("time", "y", "x")
+    factor, offset = int(state.attrs["factor"]), tuple(int(o) for o in state.attrs["offset"])
+    cells, cell_m = state.data, factor * resolution_m
+    # Whole slices from the lattice's own phase: chunk borders may lie anywhere, cells stay in phase.
+    for axis, start in zip((1, 2), offset, strict=True):
+        if start:
+            first = cells[(slice(None),) * axis + (slice(0, 1),)]
+            cells = _module(cells).concatenate([_module(cells).repeat(first, start, axis=axis), cells], axis=axis)
+        cells = cells[(slice(None),) * axis + (slice(None, None, factor),)]
+    if isinstance(cells, da.Array):
+        reach = int(halo_m(params.open_m, params.cloud_grow_m, params.shadow_grow_m) / cell_m + 1e-9)
+        depth = {0: 0, 1: reach, 2: reach}
+        grown = da.map_overlap(
+            _grown_bits,
+            cells,
+            depth=depth,
+            boundary=NODATA,
+            dtype=np.uint8,
+            resolution_m=cell_m,
+            params=params,
+        )
+    else:
+        grown = _grown_bits(np.ascontiguousarray(cells), resolution_m=cell_m, params=params)
+    for axis, start in zip((1, 2), offset, strict=True):
+        grown = _module(grown).repeat(grown, factor, axis=axis)
+        grown = grown[(slice(None),) * axis + (slice(start, start + state.shape[axis]),)]
+    return grown
+
+
+def _module(array: State | da.Array) -> ModuleType:
+    return da if isinstance(array, da.Array) else np
