@@ -182,7 +182,13 @@ def _complete(
             core=core,
             options=_options(method),
         )
-        return _Part(filled.codes, filled.source_date, filled.sigma, inner_clear[layer], int(days[layer]))
+        return _Part(
+            filled.codes[:, rows, cols],
+            filled.source_date[rows, cols],
+            filled.sigma[:, rows, cols],
+            inner_clear[layer],
+            int(days[layer]),
+        )
     name = "nearest" if method.name == "nearest" else "linear"
     day = target if layer == INTERPOLATE else int(days[layer])
     out = composite.METHODS[name](codes=inner, clear=inner_clear, days=days, target=day)

@@ -61,6 +61,31 @@ def _main(
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("cloudgate-demo"),
+    seed: Annotated[int, typer.Option(help="Another seed, another sky.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Simulate a region, serve it like a catalog, run the main job on it, and score every method. Needs no network.
+
+    Example: [bold]cloudgate demo --out demo[/bold]
+    """
+    with _kind(debug):
+        from pipeline.demo import run_demo
+        from pipeline.progress import show_demo, terminal
+
+        with terminal(quiet=as_json) as progress:
+            result = run_demo(out, seed=seed, progress=progress)
+        if as_json:
+            _print_json({"scores": [s.__dict__ for s in result.scores], "seconds": result.seconds, **result.summary.__dict__})
+            return
+        for period in result.summary.periods:
+            print(_period_line(period))
+        show_demo(result)
+
+
+@app.command()
 def mosaic(
     job: JobFile,
     out: Annotated[str | None, typer.Option(help="Store to write, instead of the job's output.store.")] = None,

@@ -272,7 +272,7 @@ def _run_tasks(
             key=f"task-{slot}-{task.rows[0]}-{task.cols[0]}-{time.monotonic_ns()}",
         )
 
-    flight = as_completed([submit(task) for _, task in zip(range(2 * workers), queue, strict=False)])
+    flight = as_completed([submit(task) for _, task in zip(range(2 * workers), queue, strict=False)], loop=client.loop)
     for future in flight:
         report: Report = future.result()
         for number, shard in enumerate(report.task.shards):

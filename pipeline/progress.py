@@ -158,3 +158,30 @@ def show_checks(checks: Sequence[Any]) -> None:
         console.print(
             f"{mark} {check.name}: {check.found}" + (f"  -> {check.advice}" if check.advice else ""), highlight=False
         )
+
+
+def show_demo(result: Any) -> None:
+    """Print what the demo made and the error of each method."""
+    console = Console()
+    table = _table(
+        "error against the simulated truth of the target date (reflectance)",
+        "method",
+        "MAE in the gaps",
+        "PSNR in the gaps (dB)",
+        "MAE everywhere",
+        "unfilled px",
+    )
+    for score in result.scores:
+        table.add_row(
+            score.method, f"{score.gap_mae:.4f}", f"{score.gap_psnr:.1f}", f"{score.all_mae:.4f}", str(score.unfilled)
+        )
+    console.print(table)
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    console.print(f"took: {times}")
+    for name, what in (
+        ("mosaic.zarr", "the mosaic: xarray.open_zarr(..., group='0')"),
+        ("preview.png", "one picture that explains it"),
+        ("job.yaml", "the job; works without the servers"),
+        ("scenes", "COGs, STAC items, truth"),
+    ):
+        console.print(f"{result.folder / name}  {what}", highlight=False)

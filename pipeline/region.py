@@ -19,7 +19,7 @@ from pyproj import CRS, Transformer
 from rasterio.features import geometry_mask
 from shapely.geometry import box, shape
 from shapely.geometry.base import BaseGeometry
-from shapely.ops import transform, unary_union
+from shapely.ops import unary_union
 
 from pipeline.config import Area, GridSpec
 from pipeline.errors import ConfigError
@@ -78,7 +78,7 @@ class Region:
         west, south, east, north = self.geometry.bounds
         dense = self.geometry.segmentize(max((east - west + north - south) / 100, 1e-4))
         to_crs = Transformer.from_crs("EPSG:4326", crs, always_xy=True)
-        out = transform(to_crs.transform, dense)
+        out = shapely.transform(dense, to_crs.transform, interleaved=False)
         if not np.isfinite(out.bounds).all():
             raise ConfigError(f"grid.crs: the area {self.geometry.bounds} lies outside what {crs[:20]} covers; use utm")
         return out
@@ -131,7 +131,7 @@ def _tile_region(tile: str) -> Region:
     crs = f"EPSG:{epsg}"
     square = box(left, top - TILE_M, left + TILE_M, top)
     to_lonlat = Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
-    return Region(_unwrap(transform(to_lonlat.transform, square.segmentize(5000))), native=(crs, square))
+    return Region(_unwrap(shapely.transform(square.segmentize(5000), to_lonlat.transform, interleaved=False)), native=(crs, square))
 
 
 def _read_polygon(path: Path) -> BaseGeometry:

@@ -58,7 +58,7 @@ class LayerSpec:
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def layer_specs(bands: Sequence[str], uncertainty: bool) -> dict[str, LayerSpec]:
+def layer_specs(bands: Sequence[str], *, uncertainty: bool) -> dict[str, LayerSpec]:
     """The arrays of a mosaic by name, in order: bands, provenance layers, uncertainties where the method fills them."""
     specs = {
         band: LayerSpec(
@@ -174,8 +174,7 @@ def write_region(
     for (start, stop), size in ((rows, grid.height), (cols, grid.width)):
         if start % grid.shard_px or (stop % grid.shard_px and stop != size):
             raise ValueError(f"region {rows} x {cols} cuts a shard of {grid.shard_px} px; two writers could meet in it")
-    bands = [name for name in layers if name in BANDS]
-    specs = layer_specs(bands, any(name.startswith("uncertainty_") for name in layers))
+    specs = layer_specs(tuple(BANDS), uncertainty=True)
     store = zarr.storage.LocalStore(path)
     total = 0
     try:
@@ -250,7 +249,7 @@ def publish(
     try:
         zarr.open_group(store, mode="a", use_consolidated=False).attrs.put(everything)
         group = zarr.open_group(store, path=GROUP, mode="a", use_consolidated=False)
-        for name, spec in layer_specs(bands, uncertainty).items():
+        for name, spec in layer_specs(bands, uncertainty=uncertainty).items():
             metadata = _array_metadata(spec, grid, len(schedule))
             for key, buffer in metadata.to_buffer_dict(default_buffer_prototype()).items():
                 sync(store.set(f"{GROUP}/{name}/{key}", buffer))
@@ -273,8 +272,8 @@ def read_attrs(path: str | Path) -> dict[str, Any] | None:
     """
     path = Path(path)
     if not (path / GROUP / "zarr.json").exists():
-        run = path.with_name(path.name + ".run")
-        if path.exists() and not run.exists() and (not path.is_dir() or any(path.iterdir())):
+        half_written = path.is_dir() and {p.name for p in path.iterdir()} <= {GROUP, "zarr.json"}
+        if path.exists() and not half_written:
             raise StoreMismatchError(f"output.store: {path} exists and is no cloudgate store; choose another path")
         return None
     attrs = dict(zarr.open_group(str(path), path=GROUP, mode="r").attrs)
