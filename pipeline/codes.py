@@ -103,9 +103,9 @@ def fuse_scenes(
 
     The states are fused on their own lattice by ``fuse_states``, so they may cover a margin around the codes (growth
     needs one) and no code decides about growth. Codes are decided pixel by pixel: a pixel of a scene is valid when
-    every band has a code and its state is not ``NODATA``; the first scene (in the order given: by item id) that is valid and
-    clear there gives all bands, else the first valid one, else all are 0. Where the states say clear and only a scene
-    that is not clear has codes, there is no look either.
+    every band has a code and its state is not ``NODATA``; the first scene (in the order given: by item id) that is
+    valid and clear there gives all bands, else the first valid one, else all are 0. Where the states say clear and
+    only a scene that is not clear has codes, there is no look either.
 
     Args:
         codes: per scene (B, h, w) uint16, 0 = no data.

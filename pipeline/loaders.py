@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, Literal
@@ -113,28 +113,30 @@ def open_stack(items: Sequence[Item], names: Sequence[str], task: Task, *, loade
 
 @dataclass(frozen=True)
 class _Scene:
-    """A scene as both loaders understand it: hrefs, and footprints as rectangles of the grid's own pixels."""
+    """A scene as both loaders understand it: hrefs, and one footprint as a rectangle of the grid's own pixels."""
 
     number: int
-    assets: Mapping[str, str]
-    spans: Mapping[str, tuple[int, int, int, int] | None]
+    hrefs: Mapping[str, str]
+    span: tuple[int, int, int, int] | None
 
     @classmethod
     def of(cls, number: int, item: Item, names: Sequence[str], grid: Grid) -> "_Scene":
-        found = {name: _asset(item, name) for name in names}
+        assets = {name: _asset(item, name) for name in names}
+        spans = [span for asset in assets.values() if (span := _span(asset, grid))]
+        r0, r1, c0, c1 = zip(*spans, strict=True) if spans else ((0,),) * 4
         return cls(
             number,
-            {name: _describe(asset, item.offset_dn) for name, asset in found.items()},
-            {name: _span(asset, grid) for name, asset in found.items()},
+            {name: _describe(asset, item.offset_dn) for name, asset in assets.items()},
+            (min(r0), max(r1), min(c0), max(c1)) if spans else None,
         )
 
     @property
     def time(self) -> datetime:
         return _FIRST + timedelta(seconds=self.number)
 
-    def projection(self, name: str, grid: Grid) -> dict[str, Any]:
-        """``proj:shape`` and ``proj:transform`` of the footprint, on the grid."""
-        r0, r1, c0, c1 = self.spans[name] or (0, 1, 0, 1)
+    def projection(self, grid: Grid) -> dict[str, Any]:
+        """``proj:shape`` and ``proj:transform`` of the footprint, on the grid; one pixel where it lies elsewhere."""
+        r0, r1, c0, c1 = self.span or (0, 1, 0, 1)
         part = grid.window((r0, r1), (c0, c1))
         return {"proj:shape": [r1 - r0, c1 - c0], "proj:transform": [*part.transform][:6]}
 
@@ -208,14 +210,10 @@ def _stackstac(scenes: list[_Scene], names: Sequence[str], task: Task, chunk_px:
         raise ConfigError(
             f"loader: stackstac needs a grid whose CRS has an EPSG code, got {grid.crs[:40]}...; use loader: odc"
         )
-    seen = [scene for scene in scenes if any(scene.spans[name] for name in names)]
-    shape = (len(scenes), len(names), *grid.shape)
+    seen = [scene for scene in scenes if scene.span]
     if not seen:
+        shape = (len(scenes), len(names), *grid.shape)
         return da.zeros(shape, dtype=task.dtype, chunks=(1, 1, chunk_px, chunk_px))
-    whole = [name for name in names if all(scene.spans[name] for scene in seen)]
-    if len(whole) < len(names):  # a band off the grid while another is on it: let stackstac keep all of them
-        full = (0, grid.height, 0, grid.width)
-        seen = [replace(scene, spans=dict.fromkeys(names, full)) for scene in seen]
     cube = stack(
         [_plain_item(scene, names, grid, epsg) for scene in seen],
         assets=list(names),
@@ -245,9 +243,7 @@ def _plain_item(scene: _Scene, names: Sequence[str], grid: Grid, epsg: int) -> d
         "id": str(scene.number),
         "bbox": [west, south, east, north],
         "properties": {"datetime": scene.time.isoformat()},
-        "assets": {
-            name: {"href": scene.assets[name], "proj:epsg": epsg, **scene.projection(name, grid)} for name in names
-        },
+        "assets": {name: {"href": scene.hrefs[name], "proj:epsg": epsg, **scene.projection(grid)} for name in names},
     }
 
 
@@ -339,12 +335,12 @@ def _pystac_item(scene: _Scene, names: Sequence[str], task: Task) -> pystac.Item
     for name in names:
         extra = {
             **crs,
-            **scene.projection(name, grid),
+            **scene.projection(grid),
             "raster:bands": [{"data_type": np.dtype(task.dtype).name, "nodata": 0}],
         }
         item.add_asset(
             name,
-            pystac.Asset(scene.assets[name], media_type=pystac.MediaType.COG, roles=["data"], extra_fields=extra),
+            pystac.Asset(scene.hrefs[name], media_type=pystac.MediaType.COG, roles=["data"], extra_fields=extra),
         )
     return item
 
