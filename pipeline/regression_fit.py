@@ -216,8 +216,8 @@ def fit_node(
         weights: ``(c,)`` taper of the window.
         folds: ``(c,)`` 0..FOLDS-1, the held-out patch of each cell.
         clear_share: ``(dates,)`` share of clear pixels of each date in the window.
-        closed_more: ``(dates,)`` share of gap pixels where a date is itself closed in time, less that share of
-            the fitted pixels: features that are worse where they are applied than where they were learnt.
+        closed_more: ``(dates,)`` share of gap pixels where a date is itself closed in time, less that of the
+            fitted pixels: features that are worse where they are applied than where they were learnt.
         harder: ``(b,)`` at least 1, how much larger linear's variance is in the gaps than on clear pixels.
         prior_variance: ``(b,)`` code^2, of linear interpolation as far as the looks themselves tell.
         nearest_first: the dates' positions among the features, nearest to the anchor first.

@@ -25,7 +25,7 @@ from pipeline import composite, mask, metrics
 from pipeline.regression import fill_acquisition
 
 SITES = ("flanders_31uds", "flanders_31ues")
-VARIANTS = ("base", "inputs", "growth", "scl", "scl+check")
+VARIANTS = ("base", "inputs", "growth", "growth of looks", "scl", "scl+check")
 GROUND_PX = 200  # a target with less clear ground has nothing to learn from
 
 Method = Callable[[Case], NDArray[np.uint16]]
@@ -135,7 +135,7 @@ def evaluate(series: Series, variant: str, seed: int) -> None:
         gain = (scores["regression"].psnr - bar.psnr)[enough]
         interval = metrics.paired_block_bootstrap(differences=gain, blocks=dates[enough])
         print(
-            f"the {enough.sum()} cases whose target shows {GROUND_PX} clear px or more: {interval} dB vs linear"
+            f"{enough.sum()} cases whose target shows {GROUND_PX} clear px or more: {interval} dB vs linear"
         )
 
 

@@ -17,11 +17,12 @@ import rasterio
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Variant = Literal["base", "inputs", "growth", "scl"]
+Variant = Literal["base", "inputs", "growth", "growth of looks", "scl"]
 
 OFFSET_CODE = 1000  # the inner coding: code = reflectance * 10000 + 1000
 WINDOW_D = 60  # looks within this many days of the target are used
 SCL_BAD = (3, 8, 9, 10)  # cloud shadow, cloud medium, cloud high, thin cirrus
+GROWTH_M = 100.0
 TARGET_BAD_SHARE = 0.01  # a target is clear but for less than this
 DONOR_BAD_SHARE = (0.15, 0.90)  # the date whose bad area is pasted
 LOOK_BAD_SHARE = 0.5  # a target needs two looks in its window that are better than this
@@ -127,9 +128,8 @@ def cases(series: Series, variant: Variant = "base", *, pastes: int = 2, seed: i
     Args:
         series: the place.
         variant: ``base``: masks from ``clm``, no growth. ``inputs``: the hole is pasted on a random half of
-        the other
-            looks too. ``growth``: all masks grown by 100 m. ``scl``: the other dates' masks (and the
-            target's own) are the plain reading of SCL; the pasted hole stays known.
+            the other looks too. ``growth``: all masks grown by 100 m; ``growth of looks``: all but the hole.
+            ``scl``: the masks are the plain reading of SCL; the pasted hole stays known.
         pastes: holes per target.
         seed: of donors, turns and halves.
     """
@@ -161,8 +161,11 @@ def _case(
     pasted[at] = True
     bad |= pasted[:, None, None] & hole
     codes = np.where((pasted[:, None, None] & hole)[:, None], cloudy, codes)
-    if variant == "growth":
-        bad = grow(bad, 100.0 / series.resolution_m)
+    if variant.startswith("growth"):
+        grown = grow(bad, GROWTH_M / series.resolution_m)
+        if variant == "growth of looks":
+            grown[at] = bad[at]
+        bad = grown
     # score only what is truth: the target's own few bad pixels are none
     scored = hole & ~series.bad[target]
     return Case(
