@@ -8,11 +8,12 @@ import pytest
 import rasterio
 from loopback import RangeHandler, serve
 from numpy.typing import NDArray
+from pyproj import Transformer
 from rasterio.enums import Resampling
 from rasterio.warp import reproject, transform_bounds
 from shapely.geometry import box
 
-from pipeline import handles, reader
+from pipeline import handles, reader, warp
 from pipeline.errors import ItemError, ReadError
 from pipeline.grid import Grid
 from pipeline.items import Asset
@@ -404,3 +405,26 @@ def test_pool_bounds_what_is_in_flight(tmp_path, monkeypatch):
         feeder.join(5)
         assert [future.result().shape for future in sent] == [(2, 2)] * 8
     assert peak == 2
+
+
+@pytest.mark.parametrize("size", [10.0, 60.0, 120.0])
+@pytest.mark.parametrize("crs", ["EPSG:32632", "EPSG:3035", "EPSG:4326", "EPSG:32634"])
+def test_projection_between_nodes_is_exact_enough(crs, size):
+    """Coordinates linear between lattice nodes stay within 0.005 px of the exact transformation."""
+    grid = grid_at(500, 300, 70, 90, size=size)
+    to_raster = Transformer.from_crs(UTM, crs, always_xy=True)
+    x, y = np.meshgrid(grid.x, grid.y)
+    exact_x, exact_y = to_raster.transform(x, y)
+    step = size if crs != "EPSG:4326" else size / 111_000
+    frame = warp.Frame(crs, (step, 0, exact_x.min(), 0, -step, exact_y.max()), (400, 400))
+    rows, cols = warp._nodes(frame, grid).strip(0, 70)
+    assert np.abs(rows - (exact_y.max() - exact_y) / step).max() < 0.005
+    assert np.abs(cols - (exact_x - exact_x.min()) / step).max() < 0.005
+
+
+def test_a_raster_outside_the_projection_has_no_data(tmp_path):
+    """A grid far outside the raster's own projection reads as nodata instead of failing."""
+    asset = write_cog(tmp_path / "a.tif", scene(40, 40), crs="EPSG:3035", left=4_660_000.0, top=2_560_000.0)
+    far = Grid("EPSG:3857", 100.0, (0.0, 0.0), 0, 200_000, 40, 40)  # near 180 degrees east
+    assert not read_window(asset, far).any()
+    assert not read_window(asset, far, kind="classes").any()
