@@ -45,6 +45,8 @@ Int32 = NDArray[np.int32]
 
 RUN_CELLS = 16  # cells of a row worked on at a time: the working set stays in the cache
 RESIDUAL_FLOOR = 0.01  # below this share of clear ground within reach a residual fades out
+GUIDE_SHRINK = np.float32(0.1)  # of the guide's mean square: what the line must overcome
+GUIDE_NOISE_CODES = np.float32(50.0)
 
 
 class Group:
@@ -205,29 +207,39 @@ class Group:
         return added, evidence, variance
 
     def _residual(self, added: Float32) -> Float32:
-        """(n, b, P) what the fit leaves over on clear pixels, carried into the gaps (normalised)."""
-        lat, per = self.lattice, CELL_PX // GRID_PX
-        left_over = (self.rows[:, self.n_features + 1 :] * UNIT_CODES - added) * self.fitted[:, None]
-        both = np.concatenate([left_over, self.fitted[:, None]], axis=1)
-        sums = both.reshape(len(both), -1, per, GRID_PX, per, GRID_PX).sum(axis=(3, 5))
-        grid = np.zeros((self.n_bands + 1, lat.shape[0] + 2, per, lat.shape[1] + 2, per), np.float32)
-        cells = np.array(list(self.at), np.int64).reshape(-1, 2)
-        grid[:, cells[:, 0] + 1, :, cells[:, 1] + 1] = sums.transpose(0, 1, 2, 3)
-        flat = grid.reshape(self.n_bands + 1, (lat.shape[0] + 2) * per, -1)
+        """(n, b, P) what the fit leaves over on clear pixels, carried into the gaps.
+
+        Near a pixel the residual is a line in what the fit adds to linear there (``added``), so that a
+        parcel takes more from its like than from its neighbours. The line's moments are Gaussian means over
+        clear pixels; where it has no hold it flattens to their mean, and fades where none is near.
+
+        Source: He, Sun & Tang 2013 (guided filter), with missing pixels.
+        """
+        lat, b, per = self.lattice, self.n_bands, CELL_PX // GRID_PX
+        seen = self.fitted[:, None]
+        left = (self.rows[:, self.n_features + 1 :] * UNIT_CODES - added) * seen
+        guide = added * seen
+        grid = np.zeros((4 * b + 1, lat.shape[0] + 2, per, lat.shape[1] + 2, per), np.float32)
+        cells = np.array(list(self.at), np.int64).reshape(-1, 2) + 1
+        for k, moment in enumerate((left, guide, left * guide, guide * guide, seen)):
+            grid[k * b : k * b + moment.shape[1], cells[:, 0], :, cells[:, 1]] = _pooled(moment)
+        flat = grid.reshape(4 * b + 1, (lat.shape[0] + 2) * per, -1)
         smooth = _gaussian(
-            _gaussian(flat, 1, self.options.residual_sigma_px),
-            2,
-            self.options.residual_sigma_px,
+            _gaussian(flat, 1, self.options.residual_sigma_px), 2, self.options.residual_sigma_px
         )
-        carried = smooth[:-1] / (smooth[-1] + np.float32(GRID_PX * GRID_PX * RESIDUAL_FLOOR))
+        count = smooth[-1] / np.float32(GRID_PX * GRID_PX)
+        mean = smooth[:-1].reshape(4, b, *count.shape) / np.maximum(smooth[-1], np.float32(1e-3))
+        left_mean, guide_mean, product, square = mean
+        slope = (product - left_mean * guide_mean) / (
+            np.maximum(square - guide_mean**2, 0) + GUIDE_SHRINK * square + GUIDE_NOISE_CODES**2
+        )
+        fade = count / (count + np.float32(RESIDUAL_FLOOR))
+        line = np.concatenate([(left_mean - slope * guide_mean) * fade, slope * fade])
         result = np.empty_like(added)
         for (y, x), k in self.at.items():
-            near = carried[
-                :,
-                (y + 1) * per - 1 : (y + 2) * per + 1,
-                (x + 1) * per - 1 : (x + 2) * per + 1,
-            ]
-            result[k] = (UPSAMPLE @ near @ UPSAMPLE.T).reshape(self.n_bands, -1)
+            rows, cols = (slice((at + 1) * per - 1, (at + 2) * per + 1) for at in (y, x))
+            near = UPSAMPLE @ np.ascontiguousarray(line[:, rows, cols]) @ UPSAMPLE.T
+            result[k] = near[:b].reshape(b, -1) + near[b:].reshape(b, -1) * added[k]
         return result
 
     def write(self, out: UInt16, sigma: Float32, model: Bool, gap: Bool, growth: Float32) -> None:
@@ -272,6 +284,20 @@ def _blend(corners: Float32, share: Float32) -> Float32:
     for k in range(1, 4):
         mixed = mixed + corners[k] * share[k]
     return mixed
+
+
+def _pooled(fields: Float32) -> Float32:
+    """(n, c, P) summed over squares of GRID_PX pixels, (n, c, steps, steps)."""
+    per = CELL_PX // GRID_PX
+    tall = fields.reshape(len(fields), -1, per, GRID_PX, CELL_PX)
+    rows: Float32 = tall[:, :, :, 0]
+    for k in range(1, GRID_PX):
+        rows = rows + tall[:, :, :, k]
+    wide = rows.reshape(len(fields), -1, per, per, GRID_PX)
+    sums: Float32 = wide[..., 0]
+    for k in range(1, GRID_PX):
+        sums = sums + wide[..., k]
+    return sums
 
 
 def _gaussian(grid: Float32, axis: int, sigma_px: float) -> Float32:
