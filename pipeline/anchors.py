@@ -126,42 +126,39 @@ def choose(candidates: Sequence[Candidate], *, min_clear: float, max_days: int) 
 def build_map(
     anchors: Sequence[Candidate],
     *,
+    anywhere: NDArray[np.bool_],
     cell_px: int,
     row0: int,
     col0: int,
-    shape: tuple[int, int],
     blend_cells: float,
 ) -> AnchorMap:
     """Weights of the chosen anchors: each gives way to the next over ``blend_cells`` inside the edge of its footprint.
 
+    Where beyond that edge nothing was ever seen, there is nothing to go over to, and no strip.
+
     Args:
         anchors: from ``choose``, the first has precedence.
+        anywhere: (h, w) bool on the coarse lattice, True where any acquisition has data.
         cell_px: side of a coarse cell in pixels.
         row0: global index of the top cell row.
         col0: global index of the left cell column.
-        shape: (h, w) of the coarse lattice.
         blend_cells: width of the strip in cells.
     """
-    height, width = max(shape[0], 2), max(shape[1], 2)
-    rest = np.ones((height, width), np.float32)
+    # Two cells at least, so that every pixel lies between cell centres.
+    pad = [(0, max(0, 2 - size)) for size in anywhere.shape]
+    rest = np.ones([size + more for size, (_, more) in zip(anywhere.shape, pad, strict=True)], np.float32)
     layers, fields = [], []
     for anchor in anchors:
-        inside = np.zeros((height, width), np.uint8)
-        inside[: shape[0], : shape[1]] = anchor.footprint
-        if shape[0] < 2:
-            inside[1] = inside[0]
-        if shape[1] < 2:
-            inside[:, 1] = inside[:, 0]
-        if inside.all():
-            share = np.ones((height, width), np.float32)
-        else:
+        lacking = np.pad(anywhere & ~anchor.footprint, pad, mode="edge")
+        share = np.ones_like(rest)
+        if lacking.any():
             # A cell next to missing data may miss data itself: its distance is 1, its weight 0.
-            distance = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+            distance = cv2.distanceTransform((~lacking).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
             share = np.clip((distance - 1.5) / max(blend_cells, 0.5), 0, 1).astype(np.float32)
-        weight = np.rint(rest * share * 1000) / np.float32(1000)
+        weight = (np.rint(rest * share * 1000) / 1000).astype(np.float32)
         if weight.any():
             layers.append(anchor.layer)
-            fields.append(weight.astype(np.float32))
+            fields.append(weight)
             rest = (np.rint((rest - weight) * 1000) / 1000).astype(np.float32)
     if rest.any():
         layers.append(INTERPOLATE)

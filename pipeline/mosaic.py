@@ -360,7 +360,7 @@ def _keep_before(request: Request, acquisitions: Sequence[Acquisition], seen: Sc
         range(len(seen.layers)),
         key=lambda i: (not seen.layers[i].fails, seen.layers[i].clear_share * seen.layers[i].valid_share, -i),
     )
-    coarse, _ = coarse_grid(request.grid, 0)
+    coarse, _ = coarse_grid(request.grid, 0, most_px=900)
     names = rgb_bands(request.job.bands)
     codes = np.zeros((3, *coarse.shape), np.uint16)
 

@@ -92,11 +92,11 @@ class Scouted:
         ]
 
 
-def coarse_grid(grid: Grid, margin_m: float) -> tuple[Grid, int]:
+def coarse_grid(grid: Grid, margin_m: float, most_px: int = COARSE_PX) -> tuple[Grid, int]:
     """(grid of coarse cells around ``grid`` with a margin, side of a cell in pixels); cells lie on the global lattice."""
     margin = round(margin_m / grid.resolution_m)
     cell = 1
-    while max(grid.shape) / cell > COARSE_PX:
+    while max(grid.shape) / cell > most_px:
         cell *= 2
     top, left = (grid.row0 - margin) // cell, (grid.col0 - margin) // cell
     bottom = -(-(grid.row0 + grid.height + margin) // cell)
@@ -163,10 +163,10 @@ def scout(
         chosen = choose(candidates, min_clear=method.anchor_min_clear, max_days=method.anchor_max_days)
         anchors = build_map(
             chosen,
+            anywhere=footprints.any(axis=0),
             cell_px=cell,
             row0=coarse.row0,
             col0=coarse.col0,
-            shape=coarse.shape,
             blend_cells=method.blend_m / coarse.resolution_m,
         )
     return Scouted(offsets, layers, anchors, unread)

@@ -32,9 +32,11 @@ def _halves() -> AnchorMap:
     left[:, 35:] = False
     right[:, :20] = False
     chosen = choose(
-        [_candidate(3, 1, 0.9, 1, footprint=left), _candidate(5, -2, 0.9, 2, footprint=right)], min_clear=0.2, max_days=9
+        [_candidate(3, 1, 0.9, 1, footprint=left), _candidate(5, -2, 0.9, 2, footprint=right)],
+        min_clear=0.2,
+        max_days=9,
     )
-    return build_map(chosen, cell_px=8, row0=-5, col0=100, shape=(40, 60), blend_cells=6)
+    return build_map(chosen, anywhere=ALL, cell_px=8, row0=-5, col0=100, blend_cells=6)
 
 
 def test_weights_sum_to_one_and_go_over_in_a_strip():
@@ -51,11 +53,19 @@ def test_weights_sum_to_one_and_go_over_in_a_strip():
 def test_outside_every_footprint_is_interpolation():
     left = ALL.copy()
     left[:, 30:] = False
-    anchors = build_map([_candidate(2, 0, 1, footprint=left)], cell_px=4, row0=0, col0=0, shape=(40, 60), blend_cells=5)
+    anchors = build_map([_candidate(2, 0, 1, footprint=left)], anywhere=ALL, cell_px=4, row0=0, col0=0, blend_cells=5)
     assert anchors.layers == (2, INTERPOLATE)
     assert anchors.weights[1, 0, 59] == 1
-    empty = build_map([], cell_px=4, row0=0, col0=0, shape=(1, 1), blend_cells=5)
+    empty = build_map([], anywhere=ALL[:1, :1], cell_px=4, row0=0, col0=0, blend_cells=5)
     assert empty.layers == (INTERPOLATE,)
+
+
+def test_there_is_no_strip_where_nothing_lies_beyond():
+    left = ALL.copy()
+    left[:, 30:] = False
+    anchors = build_map([_candidate(2, 0, 1, footprint=left)], anywhere=left, cell_px=4, row0=0, col0=0, blend_cells=5)
+    assert anchors.layers == (2,)
+    assert (anchors.weights == 1).all()
 
 
 def test_a_pixel_s_weight_never_depends_on_the_window():

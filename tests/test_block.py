@@ -122,7 +122,7 @@ def test_failed_reads_and_cores():
         ({"name": "median", "dates": 3}, "method.dates: median has no such option; its options are: none"),
         ({"name": "regression", "datez": 3}, "method.datez: regression has no such option"),
         ({"name": "decay", "tau_days": -1}, "method.tau_days"),
-        ({"name": "regression", "dates": 0}, "method"),
+        ({"name": "regression", "dates": 0}, "dates = 0: must lie between"),
     ],
 )
 def test_a_wrong_option_is_refused_before_any_work(spec, said):
