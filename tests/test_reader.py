@@ -1,6 +1,7 @@
 """Reading windows: native, warped, failing, and how scenes become layers. Rasters are made here, small and real."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -428,3 +429,11 @@ def test_a_raster_outside_the_projection_has_no_data(tmp_path):
     far = Grid("EPSG:3857", 100.0, (0.0, 0.0), 0, 200_000, 40, 40)  # near 180 degrees east
     assert not read_window(asset, far).any()
     assert not read_window(asset, far, kind="classes").any()
+
+
+def test_the_file_knows_better_than_its_item(tmp_path):
+    """Some catalogs round or shift ``proj:transform``; pixels lie where the file says."""
+    data = scene()
+    asset = write_cog(tmp_path / "a.tif", data)
+    told = replace(asset, transform=(10.0, 0.0, 500010.0, 0.0, -10.0, 5_100_000.0), shape=(299, 340))
+    assert np.array_equal(read_window(told, grid_at(0, 0, 300, 340)), data)
