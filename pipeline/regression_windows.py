@@ -216,13 +216,14 @@ class Group:
         Source: He, Sun & Tang 2013 (guided filter), with missing pixels.
         """
         lat, b, per = self.lattice, self.n_bands, CELL_PX // GRID_PX
-        seen = self.fitted[:, None]
-        left = (self.rows[:, self.n_features + 1 :] * UNIT_CODES - added) * seen
-        guide = added * seen
         grid = np.zeros((4 * b + 1, lat.shape[0] + 2, per, lat.shape[1] + 2, per), np.float32)
         cells = np.array(list(self.at), np.int64).reshape(-1, 2) + 1
-        for k, moment in enumerate((left, guide, left * guide, guide * guide, seen)):
-            grid[k * b : k * b + moment.shape[1], cells[:, 0], :, cells[:, 1]] = _pooled(moment)
+        for start in range(0, len(cells), RUN_CELLS):  # a few cells at a time stay in the cache
+            run = slice(start, start + RUN_CELLS)
+            seen, guide = self.fitted[run, None], added[run] * self.fitted[run, None]
+            left = self.rows[run, self.n_features + 1 :] * UNIT_CODES * seen - guide
+            moments = np.concatenate([left, guide, left * guide, guide * guide, seen], axis=1)
+            grid[:, cells[run, 0], :, cells[run, 1]] = _pooled(moments)
         flat = grid.reshape(4 * b + 1, (lat.shape[0] + 2) * per, -1)
         smooth = _gaussian(
             _gaussian(flat, 1, self.options.residual_sigma_px), 2, self.options.residual_sigma_px
@@ -309,7 +310,9 @@ def _gaussian(grid: Float32, axis: int, sigma_px: float) -> Float32:
     padded = np.pad(grid, pad)
     smooth = np.zeros_like(grid)
     for k, tap in enumerate(taps):
-        smooth += tap * np.take(padded, range(k, k + grid.shape[axis]), axis=axis)
+        smooth += tap * (
+            padded[:, k : k + grid.shape[1]] if axis == 1 else padded[..., k : k + grid.shape[2]]
+        )
     return smooth
 
 
