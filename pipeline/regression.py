@@ -61,7 +61,7 @@ def fill_acquisition(
     Args:
         codes: ``(T, B, H, W)`` uint16 codes, 0 = no data. Pass the same acquisitions for every block of an
         area.
-        clear: ``(T, H, W)`` bool, True = usable look.
+        clear: ``(T, H, W)`` bool, True = usable look; without data in some band it counts as not clear.
         days: ``(T,)`` int32 days since 1970-01-01, ascending, ties allowed.
         anchor: index of the acquisition to complete.
         row0: global lattice row of pixel [0, 0].
@@ -78,6 +78,7 @@ def fill_acquisition(
     Source: science notes, section 4.1; the features of all bands of a group serve each band.
     """
     _check(codes, clear, days, anchor)
+    clear = _complete(codes, clear)
     n_times, n_bands, height, width = codes.shape
     inside = np.zeros((height, width), bool)
     inside[core if core is not None else (slice(None), slice(None))] = True
@@ -151,6 +152,15 @@ def _check(codes: UInt16, clear: Bool, days: Int32, anchor: int) -> None:
         raise ConfigError(f"days {days.tolist()}: pass one day an acquisition, ascending")
     if not 0 <= anchor < len(days):
         raise ConfigError(f"anchor {anchor}: must be an index into the {len(days)} acquisitions")
+
+
+def _complete(codes: UInt16, clear: Bool) -> Bool:
+    """Clear looks that have data in all bands, layer by layer to keep the temporaries small."""
+    complete = clear.copy()
+    for layer, looks in zip(codes, complete, strict=True):
+        for band in layer:
+            looks &= band != 0
+    return complete
 
 
 def _groups(n_bands: int) -> list[slice]:

@@ -310,9 +310,8 @@ def _gaussian(grid: Float32, axis: int, sigma_px: float) -> Float32:
     padded = np.pad(grid, pad)
     smooth = np.zeros_like(grid)
     for k, tap in enumerate(taps):
-        smooth += tap * (
-            padded[:, k : k + grid.shape[1]] if axis == 1 else padded[..., k : k + grid.shape[2]]
-        )
+        part = slice(k, k + grid.shape[axis])
+        smooth += tap * (padded[:, part] if axis == 1 else padded[..., part])
     return smooth
 
 

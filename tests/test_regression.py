@@ -234,6 +234,19 @@ def test_ties_in_time_and_many_dates_and_bands() -> None:
     assert error < 0.75 * rms((plain - f.truth[20])[:, gap])
 
 
+def test_a_look_without_data_in_one_band_is_no_look() -> None:
+    f = field(48, times=4, bands=2)
+    codes = f.codes.copy()
+    codes[:, 1, 10:20, 10:20] = 0
+    codes[2, 0, 30, 30] = 0
+    clear = np.ones_like(f.clear)
+    filled = fill(Field(f.truth, codes, clear, f.days), 2)
+    assert (filled.codes[:, 10:20, 10:20] == 0).all()
+    assert (filled.source_date[10:20, 10:20] == 0).all()
+    assert (filled.codes[:, 30, 30] > 0).all()
+    assert filled.source_date[30, 30] != f.days[2]
+
+
 def test_source_date_is_the_nearest_clear_look() -> None:
     f = field(48, times=6)
     anchor = 2
