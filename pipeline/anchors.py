@@ -101,7 +101,7 @@ class AnchorMap:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """The inverse of ``to_dict``."""
-        weights = np.asarray(data["weights_permille"], np.float32) / np.float32(1000)
+        weights = (np.asarray(data["weights_permille"], np.float32) / np.float32(1000)).astype(np.float32)
         return cls(data["cell_px"], data["row0"], data["col0"], tuple(data["layers"]), weights)
 
 

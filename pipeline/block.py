@@ -132,7 +132,8 @@ def compose_block(
     if not method.shows_date:
         function = composite.METHODS[method.name]
         out = function(codes=inner, clear=inner_clear, days=days, target=target, **_options(method))
-        parts = [(_Part(out.codes, out.source_date, None, np.zeros((height, width), bool), target), None)]
+        whole = _Part(out.codes, out.source_date, None, np.zeros((height, width), bool), target)
+        parts: list[tuple[_Part, NDArray[np.float32] | None]] = [(whole, None)]
     else:
         where = [(INTERPOLATE, np.ones((height, width), np.float32))]
         if anchors is not None:
@@ -206,7 +207,7 @@ def _blend(parts: list[tuple[_Part, NDArray[np.float32] | None]]) -> tuple[_Part
     none = np.zeros(first.observed.shape, bool)
     if len(parts) == 1 or weight is None:
         return first, none
-    weights = np.stack([w for _, w in parts if w is not None])
+    weights: NDArray[Any] = np.stack([w for _, w in parts if w is not None])
     present = np.stack([p.codes[0] != 0 for p, _ in parts])
     weights = np.where(present, weights, 0)
     total = weights.sum(axis=0)

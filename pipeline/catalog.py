@@ -116,9 +116,7 @@ def search(
         ref, why = detect_profile([raw.item for raw in kept])
         known = load_profile(ref)
     rule = mask or choose_mask([raw.item for raw in kept], known)
-    items, dropped, notes = usable(
-        kept, known, bands=bands, need_mask=rule if need_mask else None, masks=(rule,)
-    )
+    items, dropped, notes = usable(kept, known, bands=bands, need_mask=rule if need_mask else None, masks=(rule,))
     items, duplicates = deduplicate(items)
     if any(asset.requester_pays for item in items for asset in item.assets.values()):
         notes.append("some assets are requester-pays: reading them costs the account whose keys are used")
@@ -173,12 +171,7 @@ def _asked_geometry(
 
     None together with a filter either: Earth Search then answers with nothing.
     """
-    if (
-        geometry is None
-        or bbox[0] > bbox[2]
-        or max_cloud_cover is not None
-        or (profile and profile.bbox_only)
-    ):
+    if geometry is None or bbox[0] > bbox[2] or max_cloud_cover is not None or (profile and profile.bbox_only):
         return None
     return dict(mapping(geometry)) if isinstance(geometry, BaseGeometry) else dict(geometry)
 
@@ -226,13 +219,10 @@ def _collections(source: ItemApi | ItemFiles, profile: Profile | None, asked: st
         names = (default,) if isinstance(default, str) else default or ()
         if not names:
             offered = source.collections()
-            names = (
-                tuple(offered) if len(offered) == 1 else tuple(n for n in offered if n == "sentinel-2-l2a")
-            )
+            names = tuple(offered) if len(offered) == 1 else tuple(n for n in offered if n == "sentinel-2-l2a")
             if offered and not names:
                 raise ConfigError(
-                    f"collection: {source.source} has {len(offered)} of them ({', '.join(offered[:20])}); "
-                    "name one"
+                    f"collection: {source.source} has {len(offered)} of them ({', '.join(offered[:20])}); name one"
                 )
         return tuple(names)
     spellings = {asked}
@@ -293,9 +283,7 @@ def _nothing(
         hints.append(f"this area has items of {shown}: move time.start and time.end, or allow more cloud")
     elif isinstance(source, ItemFiles) and found and not there:
         west, south, east, north = _extent(found)
-        hints.append(
-            f"the items lie within [{west:.2f}, {south:.2f}, {east:.2f}, {north:.2f}]: move the area"
-        )
+        hints.append(f"the items lie within [{west:.2f}, {south:.2f}, {east:.2f}, {north:.2f}]: move the area")
     names = source.collections()
     if names and not others:
         hints.append(f"collections there: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}")

@@ -32,13 +32,14 @@ def connect(spec: Cluster, *, memory_gb_per_worker: float) -> Iterator[Client]:
             client = Client(spec.address, timeout=20, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             raise RunError(
-                f"cluster.address: no Dask scheduler answers at {spec.address} ({error}); start one with `dask scheduler`, "
-                "or use cluster.kind=local"
+                f"cluster.address: no Dask scheduler answers at {spec.address} ({error}); start one with "
+                "`dask scheduler`, or use cluster.kind=local"
             ) from error
         try:
             if not client.scheduler_info(n_workers=-1)["workers"]:
                 raise RunError(
-                    f"cluster.address: the scheduler at {spec.address} has no worker; start `dask worker {spec.address}`"
+                    f"cluster.address: the scheduler at {spec.address} has no worker; start "
+                    f"`dask worker {spec.address}`"
                 )
             yield client
         finally:

@@ -44,9 +44,7 @@ def cut_at_180(geometry: BaseGeometry) -> BaseGeometry:
     parts = []
     for part in get_parts(geometry):
         west, _, east, _ = part.bounds
-        if (
-            east - west > 180 and west >= -180 and east <= 180
-        ):  # no scene is so wide: it jumps from 179 to -179
+        if east - west > 180 and west >= -180 and east <= 180:  # no scene is so wide: it jumps from 179 to -179
             part = transform(force_2d(part), lambda xy: np.column_stack((xy[:, 0] % 360, xy[:, 1])))
         part = part if part.is_valid else part.buffer(0)
         for shift in (-360, 0, 360):
@@ -80,9 +78,7 @@ def item_bbox(item: Mapping[str, Any]) -> tuple[float, float, float, float]:
     parts = list(get_parts(footprint(item)))
     south, north = min(p.bounds[1] for p in parts), max(p.bounds[3] for p in parts)
     west, east = min(p.bounds[0] for p in parts), max(p.bounds[2] for p in parts)
-    if (
-        west <= -180 and east >= 180
-    ):  # cut at the antimeridian: from the western edge of the eastern-hemisphere part
+    if west <= -180 and east >= 180:  # cut at the antimeridian: from the western edge of the eastern-hemisphere part
         west = min(p.bounds[0] for p in parts if p.bounds[2] >= 180)
         east = max(p.bounds[2] for p in parts if p.bounds[0] <= -180)
     return west, south, east, north

@@ -106,8 +106,7 @@ def from_frozen(data: Any, where: str) -> SearchResult:
         raise RequestError(f"items: {where} is no frozen search; make one with `cloudgate search`")
     if data.get("version") != FORMAT_VERSION:
         raise RequestError(
-            f"items: {where} has version {data.get('version')}, this cloudgate reads {FORMAT_VERSION}; "
-            "freeze it again"
+            f"items: {where} has version {data.get('version')}, this cloudgate reads {FORMAT_VERSION}; freeze it again"
         )
     try:
         items = [Item.from_dict(item) for item in data["items"]]

@@ -106,8 +106,8 @@ class Grid:
         row1 = math.ceil((py - bottom) / resolution_m - slack)
         if col1 <= col0 or row1 <= row0:
             raise ConfigError(
-                f"area: it is empty at {resolution_m} m (bounds {tuple(round(v, 1) for v in geometry.bounds)} in {crs[:20]}); "
-                "give an area of at least one pixel"
+                f"area: it is empty at {resolution_m} m (bounds {tuple(round(v, 1) for v in geometry.bounds)} in "
+                f"{crs[:20]}); give an area of at least one pixel"
             )
         return cls(crs, float(resolution_m), (px, py), row0, col0, row1 - row0, col1 - col0, shard_px)
 
@@ -118,12 +118,12 @@ class Grid:
 
     @property
     def left(self) -> float:
-        """x of the left edge in metres."""
+        """Left edge (x) in metres."""
         return self.phase_m[0] + self.col0 * self.resolution_m
 
     @property
     def top(self) -> float:
-        """y of the top edge in metres."""
+        """Top edge (y) in metres."""
         return self.phase_m[1] - self.row0 * self.resolution_m
 
     @property
@@ -148,13 +148,13 @@ class Grid:
 
     @property
     def x(self) -> NDArray[np.float64]:
-        """x of the pixel centres, metres, ascending."""
-        return self.left + (np.arange(self.width) + 0.5) * self.resolution_m
+        """Pixel centres (x) in metres, ascending."""
+        return np.asarray(self.left + (np.arange(self.width) + 0.5) * self.resolution_m, np.float64)
 
     @property
     def y(self) -> NDArray[np.float64]:
-        """y of the pixel centres, metres, descending."""
-        return self.top - (np.arange(self.height) + 0.5) * self.resolution_m
+        """Pixel centres (y) in metres, descending."""
+        return np.asarray(self.top - (np.arange(self.height) + 0.5) * self.resolution_m, np.float64)
 
     @property
     def footprint(self) -> BaseGeometry:

@@ -51,12 +51,13 @@ def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool) -> None:
     if old is None:
         if attrs is not None:
             raise StoreMismatchError(
-                f"output.store: {path} is finished and its run records ({run.path}) are gone; choose another store, or --restart"
+                f"output.store: {path} is finished and its run records ({run.path}) are gone; choose another store, or "
+                "--restart"
             )
         return
     new = json.loads(json.dumps(wish_of(job), default=str))
     if old["wish"] != new:
         raise StoreMismatchError(
-            f"output.store: {path} belongs to another request ({_differences(old['wish'], new)}); choose another store with "
-            "--out, or start over with --restart (removes it)"
+            f"output.store: {path} belongs to another request ({_differences(old['wish'], new)}); choose another store "
+            "with --out, or start over with --restart (removes it)"
         )

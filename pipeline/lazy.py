@@ -1,4 +1,4 @@
-"""The lazy way: in come a cube and its clouds as Dask-backed xarray, out comes a composite that nothing has computed yet.
+"""The lazy way: in come a cube and its clouds as Dask-backed xarray, out comes a composite, not computed yet.
 
 Each block ends in ``block.compose_block``, the same function that a job's task ends in, so both give the same bytes
 where they see the same ground (``trim_px``: the cube must reach as far around as the method looks).
@@ -41,14 +41,15 @@ def compose(
         clouds: from ``cloud_mask``: ``clear (time, y, x)`` bool.
         method: see ``pipeline.config.METHODS``.
         target: the day to show; default the middle of the cube's days.
-        anchors: which acquisition to complete where, from ``scout``; by default the one nearest to the target, everywhere
-            (nothing can be looked at without computing). Only for methods that show a date.
+        anchors: which acquisition to complete where, from ``scout``; by default the one nearest to the target,
+            everywhere (nothing can be looked at without computing). Only for methods that show a date.
         trim_px: pixels to cut off on each side of the result; give the margin the cube was opened with.
         options: of the method, such as ``tau_days`` of decay.
 
     Returns:
-        Dataset with dims ``(y, x)``, Dask-backed: one float32 reflectance per band (NaN = no data), ``clear_count`` uint16,
-        ``source_date`` datetime64 (NaT = none), ``flags`` uint16, and ``uncertainty_<band>`` float32 for regression.
+        Dataset with dims ``(y, x)``, Dask-backed: one float32 reflectance per band (NaN = no data), ``clear_count``
+        uint16, ``source_date`` datetime64 (NaT = none), ``flags`` uint16, and ``uncertainty_<band>`` float32 for
+        regression.
 
     Raises:
         ConfigError: for an unknown method or option, or a target that is no date.
@@ -110,8 +111,8 @@ def fill_series(
         options: of the regression, see ``pipeline.regression.RegressionOptions``.
 
     Returns:
-        ``(time, band, y, x)`` float32 reflectance, Dask-backed; clear pixels as they were, NaN only where no look of a pixel
-        is clear.
+        ``(time, band, y, x)`` float32 reflectance, Dask-backed; clear pixels as they were, NaN only where no look of a
+        pixel is clear.
 
     Raises:
         ConfigError: for an unknown option.
@@ -202,9 +203,9 @@ def _decode(name: str, bands: list[str], layer: da.Array) -> da.Array:
     if name in bands:
         return layer.astype(np.uint16).map_blocks(to_reflectance, dtype=np.float32)
     if name == "source_date":
-        return layer.map_blocks(_to_dates, dtype="datetime64[ns]")
+        return da.map_blocks(_to_dates, layer, dtype="datetime64[ns]")
     if name.startswith("uncertainty_"):
-        return layer.map_blocks(_to_sigma, dtype=np.float32)
+        return da.map_blocks(_to_sigma, layer, dtype=np.float32)
     return layer.astype(np.uint16)
 
 

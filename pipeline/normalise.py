@@ -60,9 +60,7 @@ def normalise(
     """
     props: Mapping[str, Any] = item.get("properties") or {}
     name = str(item.get("id", ""))
-    words = [name] + [
-        str(props[key]) for key in ("s2:product_uri", "s2:granule_id", "title") if props.get(key)
-    ]
+    words = [name] + [str(props[key]) for key in ("s2:product_uri", "s2:granule_id", "title") if props.get(key)]
     platform = _platform(props, name)
     tile = _tile(props, words)
     raw: Mapping[str, Any] = item.get("assets") or {}
@@ -88,9 +86,7 @@ def normalise(
         baseline=_baseline(props, words),
         boa_offset_applied=None if flag is None else str(flag).lower() in ("true", "1"),
         cloud_cover=None if cloud is None else float(cloud),
-        created=next(
-            (str(props[k]) for k in ("created", "s2:generation_time", "updated") if props.get(k)), None
-        ),
+        created=next((str(props[k]) for k in ("created", "s2:generation_time", "updated") if props.get(k)), None),
         bbox=item_bbox(item),
         geometry=as_floats(item.get("geometry") or mapping(bbox_polygon(item_bbox(item)))),
         assets=assets,
@@ -182,8 +178,7 @@ def _projection(
             )
     if affine is None or size is None or crs is None or len(affine) not in (6, 9) or len(size) != 2:
         raise ItemError(
-            f"{where}: proj:shape needs 2 numbers and proj:transform 6 or 9, got {size} and {affine}; "
-            "correct the item"
+            f"{where}: proj:shape needs 2 numbers and proj:transform 6 or 9, got {size} and {affine}; correct the item"
         )
     a, b, c, d, e, f = (float(v) for v in affine[:6])
     if a * e - b * d == 0 or min(size) < 1:
@@ -202,9 +197,7 @@ def _crs(level: Mapping[str, Any], where: str) -> str | None:
             try:
                 return _crs_text(f"EPSG:{text}" if field == "proj:epsg" else text)
             except CRSError as error:
-                raise ItemError(
-                    f"{where}: {field} {text[:60]!r} is no known CRS; correct the item"
-                ) from error
+                raise ItemError(f"{where}: {field} {text[:60]!r} is no known CRS; correct the item") from error
     return None
 
 
@@ -250,9 +243,7 @@ def resolve_href(href: str, base: str | None, where: str = "link") -> str:
     if "://" in href or Path(href).is_absolute():
         return href
     if base is None:
-        raise ItemError(
-            f"{where}: href {href!r} is relative and its item has no known location; make it absolute"
-        )
+        raise ItemError(f"{where}: href {href!r} is relative and its item has no known location; make it absolute")
     if "://" in base:
         scheme, rest = base.split("://", 1)  # urljoin knows no s3
         return scheme + urljoin("http://" + rest, href).removeprefix("http")

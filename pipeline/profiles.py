@@ -21,9 +21,7 @@ class _Base(BaseModel):
 class MaskRule(_Base):
     """How a raster is read as cloud, shadow, clear or no data."""
 
-    kind: Literal["scl", "classes", "bits", "probability"] = Field(
-        "scl", description="what the raster's values are"
-    )
+    kind: Literal["scl", "classes", "bits", "probability"] = Field("scl", description="what the raster's values are")
     asset: str = Field("scl", description="asset name of the raster in the item")
     cloud: tuple[int, ...] = Field((), description="classes (or bits) that are cloud")
     shadow: tuple[int, ...] = Field((), description="classes (or bits) that are shadow")
@@ -96,9 +94,7 @@ class Profile(_Base):
     bbox_only: bool = Field(False, description="the server takes no polygons")
     page_limit: int = Field(100, ge=1)
     auth: Auth = Auth()
-    gdal: dict[str, str] = Field(
-        default_factory=dict, description="GDAL settings for reads, as environment variables"
-    )
+    gdal: dict[str, str] = Field(default_factory=dict, description="GDAL settings for reads, as environment variables")
     retry: Retry = Retry()
     notes: str = ""
 
@@ -120,11 +116,7 @@ def load_profile(name: str) -> Profile:
     Raises:
         ConfigError: if there is none of that name, or it has a wrong field.
     """
-    paths = (
-        [Path(name)]
-        if name.endswith((".yaml", ".yml"))
-        else [folder / f"{name}.yaml" for folder in _folders()]
-    )
+    paths = [Path(name)] if name.endswith((".yaml", ".yml")) else [folder / f"{name}.yaml" for folder in _folders()]
     for path in paths:
         if path.is_file():
             data: dict[str, Any] = yaml.safe_load(os.path.expandvars(path.read_text()))
@@ -133,9 +125,7 @@ def load_profile(name: str) -> Profile:
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
-                raise ConfigError(
-                    f"profile {path}: {where}: {first['msg']} (got {first.get('input')!r})"
-                ) from error
+                raise ConfigError(f"profile {path}: {where}: {first['msg']} (got {first.get('input')!r})") from error
     raise ConfigError(
         f"profile: there is none named {name!r}; known are {', '.join(profile_names())}, or give a .yaml path"
     )

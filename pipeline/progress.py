@@ -99,7 +99,8 @@ def show_plan(plan: Plan) -> None:
     grid = plan.grid
     console.print(f"{plan.source} ({plan.profile})", highlight=False, soft_wrap=True)
     console.print(
-        f"grid {grid.width} x {grid.height} px at {grid.resolution_m:g} m, {grid.crs[:40]}, shards of {grid.shard_px} px"
+        f"grid {grid.width} x {grid.height} px at {grid.resolution_m:g} m, {grid.crs[:40]}, "
+        f"shards of {grid.shard_px} px"
     )
     for period in plan.periods:
         table = _table(f"{period['start']} to {period['end']}, shows {period['target']}", "what", "value")
@@ -144,9 +145,12 @@ def show_status(status: dict[str, Any]) -> None:
     for period in status["periods"]:
         filled = f"{period['filled_percent']:.2f}" if period.get("filled_percent") is not None else ""
         table.add_row(
-            f"{period['start']} to {period['end']}", period["state"], f"{period['shards_done']}/{period['shards']}", filled,
+            f"{period['start']} to {period['end']}",
+            period["state"],
+            f"{period['shards_done']}/{period['shards']}",
+            filled,
             str(period["failed_reads"]),
-        )  # fmt: skip
+        )
     console.print(table)
 
 

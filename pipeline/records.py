@@ -50,8 +50,9 @@ class RunFolder:
     def done(self, slot: int) -> set[tuple[int, int]]:
         """(row, col) of the finished shards of a period."""
         out = set()
-        for name in os.listdir(folder) if (folder := self.period(slot) / "done").is_dir() else []:
-            row, _, rest = name.partition(".")
+        folder = self.period(slot) / "done"
+        for path in folder.iterdir() if folder.is_dir() else ():
+            row, _, rest = path.name.partition(".")
             col = rest.removesuffix(".json")
             if row.isdigit() and col.isdigit():
                 out.add((int(row), int(col)))

@@ -131,7 +131,8 @@ def _tile_region(tile: str) -> Region:
     crs = f"EPSG:{epsg}"
     square = box(left, top - TILE_M, left + TILE_M, top)
     to_lonlat = Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
-    return Region(_unwrap(shapely.transform(square.segmentize(5000), to_lonlat.transform, interleaved=False)), native=(crs, square))
+    outline = shapely.transform(square.segmentize(5000), to_lonlat.transform, interleaved=False)
+    return Region(_unwrap(outline), native=(crs, square))
 
 
 def _read_polygon(path: Path) -> BaseGeometry:

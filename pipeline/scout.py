@@ -93,7 +93,7 @@ class Scouted:
 
 
 def coarse_grid(grid: Grid, margin_m: float, most_px: int = COARSE_PX) -> tuple[Grid, int]:
-    """(grid of coarse cells around ``grid`` with a margin, side of a cell in pixels); cells lie on the global lattice."""
+    """(grid of coarse cells around ``grid`` with a margin, side of a cell in pixels), on the global lattice."""
     margin = round(margin_m / grid.resolution_m)
     cell = 1
     while max(grid.shape) / cell > most_px:
@@ -233,8 +233,8 @@ def decide_offsets(
             )
         else:
             raise ItemError(
-                f"item {view.item.id}: whether its pixels hold the +1000 offset of baseline 04.00 cannot be decided ({why}, "
-                f"and the tile's other dates do not settle it); set offset_dn: 0 or offset_dn: -1000 in the job"
+                f"item {view.item.id}: whether its pixels hold the +1000 offset of baseline 04.00 cannot be decided "
+                f"({why}, and the tile's other dates do not settle it); set offset_dn: 0 or offset_dn: -1000 in the job"
             )
     return decided
 
@@ -326,7 +326,7 @@ def _judge(
     for i, acquisition in enumerate(acquisitions):
         valid = footprints[i][rows, cols]
         clear, claimed = layers.clear[i][rows, cols], before[i][rows, cols]
-        ground, claimed_count = max(np.count_nonzero(valid), 1), max(np.count_nonzero(claimed), 1)
+        ground, claimed_count = max(int(np.count_nonzero(valid)), 1), max(int(np.count_nonzero(claimed)), 1)
         suspicious = 1 - np.count_nonzero(clear & claimed) / claimed_count if claimed.any() else 0.0
         fails = params.temporal_check and masks.scene_fails(suspicious)
         out.append(

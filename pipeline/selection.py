@@ -69,8 +69,7 @@ def _signs(items: Sequence[Mapping[str, Any]], profile: Profile) -> list[tuple[s
     for host in told.hosts:
         count = sum(any(host in href for href in _hrefs(item)) for item in items)
         signs.append((f"links to {host}", count))
-    for key in told.assets:
-        signs.append((f"assets {key}", sum(key in (item.get("assets") or {}) for item in items)))
+    signs += [(f"assets {key}", sum(key in (item.get("assets") or {}) for item in items)) for key in told.assets]
     return signs
 
 
@@ -141,21 +140,15 @@ def usable(
         if not bands and not _has_band(raw.item, profile):
             lacking.append("any band")
         if lacking:
-            dropped.append(
-                (str(raw.item.get("id")), f"it lacks {', '.join(lacking)} (it has {_some(assets)})")
-            )
+            dropped.append((str(raw.item.get("id")), f"it lacks {', '.join(lacking)} (it has {_some(assets)})"))
         else:
             items.append(normalise(raw.item, profile, base=raw.base, bands=bands, masks=masks))
     if not items:
-        raise ItemError(
-            f"assets: no item has all that is needed; {dropped[0][0]}: {dropped[0][1]}; ask for less"
-        )
+        raise ItemError(f"assets: no item has all that is needed; {dropped[0][0]}: {dropped[0][1]}; ask for less")
     return items, dropped, notes
 
 
-def _somewhere(
-    found: Sequence[RawItem], what: str, names: Sequence[str], profile: Profile, way_out: str
-) -> None:
+def _somewhere(found: Sequence[RawItem], what: str, names: Sequence[str], profile: Profile, way_out: str) -> None:
     if any(find_asset(raw.item.get("assets") or {}, names) is not None for raw in found):
         return
     first = max(found, key=lambda raw: len(raw.item.get("assets") or {})).item

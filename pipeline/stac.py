@@ -155,9 +155,7 @@ def open_source(location: str, *, timeout_s: float = 60.0) -> ItemApi | ItemFile
     if "://" in location and not location.startswith("file://"):
         data = _fetch(location, stac_io)
         links = {link.get("rel") for link in data.get("links") or ()}
-        if data.get("type") not in ("FeatureCollection", "Feature") and (
-            "search" in links or "conformsTo" in data
-        ):
+        if data.get("type") not in ("FeatureCollection", "Feature") and ("search" in links or "conformsTo" in data):
             return ItemApi(location, stac_io)
         return _files(location, data, stac_io)
     path = Path(resolve_href(location, str(Path.cwd() / "x")))
@@ -179,8 +177,7 @@ def _folder(path: Path, stac_io: StacApiIO) -> ItemFiles:
             out.items += _files(str(file), data, stac_io).items
     if not out.items:
         raise RequestError(
-            f"catalog: the folder {path} holds no STAC; it needs a catalog.json, an items.geojson or item "
-            "files"
+            f"catalog: the folder {path} holds no STAC; it needs a catalog.json, an items.geojson or item files"
         )
     return out
 
@@ -261,9 +258,7 @@ class _as_catalog_error:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (APIError, STACError, OSError, ValueError, KeyError, TypeError)):
             status = getattr(error, "status_code", None)
-            what = (
-                f"it answered HTTP {status}" if status else "it cannot be reached or did not answer properly"
-            )
+            what = f"it answered HTTP {status}" if status else "it cannot be reached or did not answer properly"
             raise CatalogError(
                 f"catalog {self._url}: {what}, after retries ({str(error)[:200]}); check the address and the "
                 "network, wait and try again, or use another catalog or a frozen search"

@@ -115,7 +115,7 @@ def _array_metadata(spec: LayerSpec, grid: Grid, slots: int) -> ArrayV3Metadata:
     chunk = (1, min(CHUNK_PX, grid.shard_px), min(CHUNK_PX, grid.shard_px))
     blosc = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=np.dtype(spec.dtype).itemsize)
     inner = [{"name": "bytes", "configuration": {"endian": "little"}}, blosc.to_dict()]
-    sharding = {
+    sharding: dict[str, Any] = {
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": list(chunk),
@@ -124,7 +124,7 @@ def _array_metadata(spec: LayerSpec, grid: Grid, slots: int) -> ArrayV3Metadata:
             "index_location": "end",
         },
     }
-    metadata = ArrayV3Metadata.from_dict(
+    return ArrayV3Metadata.from_dict(
         {
             "zarr_format": 3,
             "node_type": "array",
@@ -138,7 +138,6 @@ def _array_metadata(spec: LayerSpec, grid: Grid, slots: int) -> ArrayV3Metadata:
             "attributes": {**spec.attrs, "grid_mapping": "spatial_ref"},
         }
     )
-    return metadata
 
 
 def _array(store: zarr.storage.LocalStore, name: str, spec: LayerSpec, grid: Grid, slots: int) -> zarr.Array[Any]:
@@ -260,7 +259,8 @@ def publish(
             zarr.consolidate_metadata(store)
     except OSError as error:
         raise StoreError(
-            f"store {path}: publishing failed: {error}; free space or check permissions, then run the same command again"
+            f"store {path}: publishing failed: {error}; free space or check permissions, then run the same command "
+            "again"
         ) from error
 
 
