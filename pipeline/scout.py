@@ -122,7 +122,7 @@ def scout(
     acquisitions: Sequence[Acquisition],
     grid: Grid,
     bands: Sequence[str],
-    rule: MaskRule,
+    rule: MaskRule | None,
     params: masks.MaskParams,
     profile: Profile,
     method: Method,
@@ -136,7 +136,8 @@ def scout(
         acquisitions: in time order.
         grid: the mosaic's grid.
         bands: bands of the job.
-        rule: how the mask's raster is read.
+        rule: how the mask's raster is read; None where a detector makes the mask, far too slow for a mere look: all
+            valid pixels count as clear then, and only the temporal check judges them.
         params: growth and checks.
         profile: offset policy, read settings.
         method: its anchor settings.
@@ -176,7 +177,7 @@ def _look(
     items: Sequence[Item],
     coarse: Grid,
     dark: str,
-    rule: MaskRule,
+    rule: MaskRule | None,
     profile: Profile,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, _View], dict[str, str]]:
@@ -185,8 +186,11 @@ def _look(
 
     def one(item: Item) -> _View | str:
         try:
-            classes = read_window(item.assets[rule.asset], coarse, kind="classes", profile=profile)
             values = read_window(item.assets[dark], coarse, kind="reflectance", profile=profile)
+            if rule is None:
+                unknown = np.zeros(coarse.shape, np.uint8)
+                return _View(item, unknown, np.full_like(unknown, masks.CLEAR), values)
+            classes = read_window(item.assets[rule.asset], coarse, kind="classes", profile=profile)
         except ReadError as error:
             return str(error)
         return _View(item, classes, masks.apply_rule(classes, rule), values)
