@@ -5,12 +5,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import CloudgateError
+from pipeline.errors import CloudgateError, ConfigError
 
 app = typer.Typer(
     name="cloudgate",
@@ -78,11 +79,70 @@ def demo(
         with terminal(quiet=as_json) as progress:
             result = run_demo(out, seed=seed, progress=progress)
         if as_json:
-            _print_json({"scores": [s.__dict__ for s in result.scores], "seconds": result.seconds, **result.summary.__dict__})
+            _print_json(
+                {"scores": [s.__dict__ for s in result.scores], "seconds": result.seconds, **result.summary.__dict__}
+            )
             return
         for period in result.summary.periods:
             print(_period_line(period))
         show_demo(result)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("cloudgate-scenes"),
+    size_px: Annotated[int, typer.Option(help="Side in 10 m pixels, even.")] = 1024,
+    dates: Annotated[int, typer.Option(help="Number of passes.")] = 12,
+    start: Annotated[str, typer.Option(help="Day of the first pass.")] = "2021-06-11",
+    days: Annotated[int, typer.Option(help="Days from the first pass to the last, both counted.")] = 60,
+    bands: Annotated[str, typer.Option(help="Names with commas; SCL is always written.")] = "blue,green,red,nir",
+    tile: Annotated[str, typer.Option(help="MGRS tile whose north-western corner is simulated.")] = "33TWL",
+    cloudiness: Annotated[float, typer.Option(min=0, max=1, help="Mean share of cloud.")] = 0.4,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another ground and sky.")] = 0,
+    block_px: Annotated[int, typer.Option(help="Block of the COGs at 10 m.")] = 1024,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Simulate scenes of one tile: COGs with STAC items, their truth, and a job that runs on them. Needs no network.
+
+    Example: [bold]cloudgate simulate --out scenes --size-px 512 --dates 8[/bold]
+    """
+    with _kind(debug):
+        import yaml
+
+        from pipeline.bands import check_bands
+        from pipeline.demo import demo_job
+        from pipeline.scenes import write_tile
+
+        made = write_tile(
+            out,
+            size_px=size_px,
+            dates=dates,
+            start=_day(start),
+            days=days,
+            bands=check_bands([name.strip() for name in bands.split(",") if name.strip()]),
+            tile=tile,
+            cloudiness=cloudiness,
+            seed=seed,
+            block_px=block_px,
+        )
+        job = out / "job.yaml"
+        fields = demo_job(made, out) | {"name": f"simulated-{made.tiles[0]}", "bands": list(made.bands)}
+        job.write_text(yaml.safe_dump(fields, sort_keys=False))
+        if as_json:
+            _print_json(made.__dict__ | {"job": job})
+            return
+        size = sum(path.stat().st_size for path in out.rglob("*.tif"))
+        print(f"{made.items}: {made.n_items} scenes of {size_px} x {size_px} px, {made.start} to {made.end}")
+        print(f"{made.truth}: the truth of {made.target}; {size / 1e6:.1f} MB in all")
+        print(f"run the job on them with: cloudgate mosaic {job}")
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"start: {text!r} is no date; write it as 2021-06-11") from None
 
 
 @app.command()

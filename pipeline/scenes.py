@@ -1,4 +1,4 @@
-"""The demo's scenes: in comes a seed, out come COGs, Earth Search items and the truth.
+"""Scenes with their truth: in comes a seed, out come COGs, Earth Search items and the truth, of the demo or one tile.
 
 The demo region lies on the real lattices of MGRS tiles 33TWL and 33TWM (EPSG:32633), cut small around their
 real overlap, in the summer of 2021: harvest, growing maize, a flood in July. Its items stand on both sides of
@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from pipeline.bands import to_codes
+from pipeline.errors import ConfigError
 from pipeline.phenology import SIM_BANDS, SceneParams
 from pipeline.scene_files import (
     EPOCH,
@@ -34,21 +35,22 @@ from pipeline.scene_files import (
 )
 from pipeline.simulate import Region
 from pipeline.skies import Acquisition
+from pipeline.tiles import TILE_M, tile_origin
 
-__all__ = ["DemoScenes", "demo_passes", "demo_region", "served_items", "write_demo", "write_scenes"]
+__all__ = ["DemoScenes", "demo_passes", "demo_region", "served_items", "write_demo", "write_scenes", "write_tile"]
 
 STATE_CLEAR, STATE_CLOUD, STATE_SHADOW, STATE_NODATA = 0, 1, 2, 255
 
 
 @dataclass(frozen=True)
 class DemoScenes:
-    """What ``write_demo`` left on disk.
+    """What ``write_demo`` or ``write_tile`` left on disk.
 
     Attributes:
         root: the folder.
         items: path of the ItemCollection with hrefs relative to it; needs no server.
         truth: folder of the truth, see its ``truth.json``.
-        bbox: (west, south, east, north) degrees of the area both tiles cover together.
+        bbox: (west, south, east, north) degrees of the area all tiles cover together.
         start, end, target: first and last acquisition and the date to compose for.
         bands: what was written.
         tiles: MGRS names.
@@ -137,33 +139,96 @@ def write_demo(out: Path, *, seed: int = 0, bands: Sequence[str] = SIM_BANDS, th
     """
     region, passes = demo_region(seed), demo_passes()
     items = write_region(region, passes, out, cuts=DEMO_CUTS, bands=bands, block_px=512, threads=threads)
+    return _with_truth(region, items, bands, DEMO_TARGET, tuple(cut.tile for cut in DEMO_CUTS))
+
+
+def write_tile(
+    out: Path,
+    *,
+    size_px: int,
+    dates: int,
+    start: date,
+    days: int,
+    bands: Sequence[str] = ("blue", "green", "red", "nir"),
+    tile: str = "33TWL",
+    cloudiness: float = 0.4,
+    seed: int = 0,
+    block_px: int = 1024,
+) -> DemoScenes:
+    """Write the north-western corner of one MGRS tile: drawn passes as COGs with items and truth.
+
+    Args:
+        out: folder, made if missing; files of the same names are replaced.
+        size_px: side in 10 m pixels; even, 64 to 10980.
+        dates: number of passes.
+        start: day of the first.
+        days: length of the span; the last pass lies on its last day.
+        bands: of ``SIM_BANDS``; SCL is always written.
+        tile: its lattice and name.
+        cloudiness: mean share of cloud, 0 to 1; single passes are mostly far clearer or far cloudier.
+        seed: the same seed gives the same pixels.
+        block_px: COG block of 10 m bands; those of 20 m have half of it.
+
+    Raises:
+        ConfigError: for what cannot be simulated.
+    """
+    if not 1 <= dates <= days:
+        raise ConfigError(f"dates: {dates} passes do not fit in {days} days; at most one a day, at least one in all")
+    if not 64 <= size_px <= TILE_M // 10:
+        raise ConfigError(f"size_px: {size_px} is out of range; a tile has {TILE_M // 10}, at least 64 are needed")
+    if block_px < 128 or block_px % 32:
+        raise ConfigError(f"block_px: {block_px} must be a multiple of 32 from 128 up, such as 512 or 1024")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out: {out} is a file; name a folder")
+    epsg, west_m, north_m = tile_origin(tile)
+    params = SceneParams(
+        epsg=epsg,
+        west_m=west_m,
+        north_m=north_m,
+        width_px=size_px,
+        height_px=size_px,
+        start_day=(start - EPOCH).days,
+        n_dates=dates,
+        revisit_days=(days - 1) / max(dates - 1, 1),
+        cloud_fraction_mean=cloudiness,
+    )
+    name = tile.removeprefix("T").zfill(5)
+    items = write_scenes(out, params=params, seed=seed, bands=bands, tile=name, block_px=block_px)
+    region = Region(params, seed)
+    middle = (params.start_day * 2 + days - 1) / 2
+    target = min((a.day for a in region.acquisitions), key=lambda day: (abs(day - middle), day))
+    return _with_truth(region, items, bands, EPOCH + timedelta(days=target), (name,))
+
+
+def _with_truth(region: Region, items: Path, bands: Sequence[str], target: date, tiles: tuple[str, ...]) -> DemoScenes:
+    """Write the truth beside the items, and say what there is."""
+    params, truth = region.params, items.parent / "truth"
     collection = json.loads(items.read_text())["features"]
     west, south, east, north = np.array([feature["bbox"] for feature in collection]).T
-    days = [each.acquisition.day for each in passes]
-    _write_truth(region, passes, out / "truth", bands=bands, target=DEMO_TARGET)
+    _write_truth(region, truth, bands=bands, target=target)
     return DemoScenes(
-        root=out,
+        root=items.parent,
         items=items,
-        truth=out / "truth",
+        truth=truth,
         bbox=(float(west.min()), float(south.min()), float(east.max()), float(north.max())),
-        start=EPOCH + timedelta(days=days[0]),
-        end=EPOCH + timedelta(days=days[-1]),
-        target=DEMO_TARGET,
+        start=EPOCH + timedelta(days=region.acquisitions[0].day),
+        end=EPOCH + timedelta(days=region.acquisitions[-1].day),
+        target=target,
         bands=tuple(bands),
-        tiles=tuple(cut.tile for cut in DEMO_CUTS),
+        tiles=tiles,
         size_px=region.shape,
-        west_m=DEMO_PARAMS.west_m,
-        north_m=DEMO_PARAMS.north_m,
-        epsg=DEMO_PARAMS.epsg,
+        west_m=params.west_m,
+        north_m=params.north_m,
+        epsg=params.epsg,
         n_items=len(collection),
     )
 
 
-def _write_truth(region: Region, passes: Sequence[Pass], folder: Path, *, bands: Sequence[str], target: date) -> None:
+def _write_truth(region: Region, folder: Path, *, bands: Sequence[str], target: date) -> None:
     """Truth at the target date, the clear look of its pass, every pass's state, relief, and an index."""
     params, day = region.params, (target - EPOCH).days
     place = partial(write_cog, west_m=params.west_m, north_m=params.north_m, epsg=params.epsg, block_px=512)
-    of_target = [k for k, one in enumerate(passes) if one.acquisition.day == day]
+    of_target = [k for k, acquisition in enumerate(region.acquisitions) if acquisition.day == day]
     clear = region.observe(of_target[0], bands, cloudy=False).reflectance if of_target else {}
     for name in ("surface", "clear_look", "state"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -173,11 +238,11 @@ def _write_truth(region: Region, passes: Sequence[Pass], folder: Path, *, bands:
                 metres = 10 * params.height_px // values.shape[0]
                 codes = to_codes(values)
                 place(folder / kind / f"{band}.tif", codes, pixel_m=metres)
-    for index, one in enumerate(passes):
+    for index, acquisition in enumerate(region.acquisitions):
         seen = region.observe(index, ())
         choices = [STATE_NODATA, STATE_CLOUD, STATE_SHADOW]
         state = np.select([~seen.valid, seen.cloud, seen.shadow], choices, STATE_CLEAR)
-        when = EPOCH + timedelta(days=one.acquisition.day)
+        when = EPOCH + timedelta(days=acquisition.day)
         path = folder / "state" / f"{when}.tif"
         place(path, state.astype(np.uint8), pixel_m=10, classes=True)
     relief = np.rint(region.elevation() * 10).astype(np.uint16)

@@ -5,6 +5,7 @@ The tiling is fixed: a raster starts at the 100 km square's north-western corner
 """
 
 import math
+import warnings
 from functools import cache
 
 from mgrs import MGRS
@@ -24,7 +25,10 @@ def tile_origin(tile: str) -> tuple[int, float, float]:
     """
     name = tile.removeprefix("T").zfill(5)
     try:
-        zone, hemisphere, easting, northing = MGRS().MGRSToUTM(f"{name}0000000000")  # south-west corner
+        with warnings.catch_warnings():
+            # The south-west corner of a tile at the edge of a latitude band lies in the band below, which mgrs notes.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            zone, hemisphere, easting, northing = MGRS().MGRSToUTM(f"{name}0000000000")
     except (MGRSError, ValueError, OverflowError) as error:
         raise ConfigError(f"tile: {tile!r} is no MGRS tile; it looks like 33TWM") from error
     left, top = round(easting), round(northing) + 100_000
