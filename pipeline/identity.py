@@ -4,6 +4,7 @@ A store is identified by grid, bands and layout; a period by its frozen items, t
 Cluster, limits, paths and worker counts never matter; only a raised ``RESULT_VERSION`` refuses to go on.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -22,10 +23,14 @@ def wish_of(job: Job) -> dict[str, Any]:
     fields = job_json(job)
     for name in ("name", "output", "cluster", "limits"):
         fields.pop(name)
-    fields["grid"] = dict(fields["grid"])
+    # Paths never matter: of a file only its name counts (the scenes are frozen), of a polygon its content.
+    for name in ("catalog", "profile"):
+        if fields[name] and "://" not in fields[name]:
+            fields[name] = Path(fields[name]).name
+    if job.area.geojson and job.area.geojson.is_file():
+        fields["area"]["geojson"] = hashlib.sha256(job.area.geojson.read_bytes()).hexdigest()
     return {
         **fields,
-        "catalog": str(job.catalog),
         "result_version": RESULT_VERSION,
         "layout": stores.LAYOUT_VERSION,
     }
@@ -37,7 +42,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool) -> None:
-    """Refuse a store of another request; with ``restart`` forget ours.
+    """Refuse a store of another request; forget ours with ``restart``, or where no pixel was ever made.
 
     Raises:
         StoreMismatchError: with what differs and the ways out.
@@ -56,7 +61,14 @@ def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool) -> None:
             )
         return
     new = json.loads(json.dumps(wish_of(job), default=str))
-    if old["wish"] != new:
+    if old["wish"] == new:
+        return
+    made = any(mark.get("filled") for slot in run.slots() for mark in run.marks(slot))
+    if attrs is None and not made:
+        # A run that stopped before its first pixel (offset undecided, all clouded) must not stand in the way.
+        stores.remove(path)
+        run.forget()
+    else:
         raise StoreMismatchError(
             f"output.store: {path} belongs to another request ({_differences(old['wish'], new)}); choose another store "
             "with --out, or start over with --restart (removes it)"
