@@ -244,6 +244,8 @@ def publish(
         StoreError: disk full or no permission.
     """
     store = zarr.storage.LocalStore(path)
+    for partial in Path(path).rglob("*.partial"):  # a killed writer's
+        partial.unlink(missing_ok=True)
     everything = {**conventions.attributes(grid), "Conventions": "CF-1.11", "bands": list(bands), **attrs}
     try:
         zarr.open_group(store, mode="a", use_consolidated=False).attrs.put(everything)
