@@ -73,13 +73,8 @@ def preview(*, store: str | Path, out: str | Path, period: int = -1) -> Path:
 
 def _before(store: str | Path, period: int) -> tuple[str, NDArray[np.float32]] | None:
     """(date and name, (3, y, x) reflectance) of the least cloudy acquisition, where the run kept it."""
-    slots = [i for i, slot in enumerate(RunFolder(store).slots())]
-    run = RunFolder(store)
-    names = run.slots()
-    if not slots:
-        return None
-    slot = names[period] if -len(names) <= period < len(names) else names[-1]
-    path = run.period(slot) / "before.npz"
+    slots = sorted(int(slot) for slot in mosaic.attrs["cloudgate"]["periods"])
+    path = RunFolder(store).period(slots[period]) / "before.npz"
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as data:
