@@ -129,6 +129,8 @@ def build(
     path = Path(job.output.store)
     run = RunFolder(path)
     check_method(job.method)
+    if restart:
+        request = request or resolve(job)  # before anything is removed
     check_store(job, path, run, restart=restart)
     request = _request(job, run, progress, request)
     summary = Summary(str(path))
