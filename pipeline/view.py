@@ -64,14 +64,14 @@ def preview(*, store: str | Path, out: str | Path, period: int = -1) -> Path:
         raise ConfigError(f"period: {period} is not there; {store} has {count} finished periods (0 to {count - 1})")
     step = max(1, math.ceil(max(mosaic.sizes["y"], mosaic.sizes["x"]) / (2 * PANEL_PX)))
     chosen = mosaic.isel(time=period, y=slice(step // 2, None, step), x=slice(step // 2, None, step)).load()
-    picture = render(chosen, before=_before(store, period), title=str(mosaic.attrs.get("title", Path(store).stem)))
+    picture = render(chosen, before=_before(store, mosaic, period), title=str(mosaic.attrs.get("title", Path(store).stem)))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out, optimize=True)
     return out
 
 
-def _before(store: str | Path, period: int) -> tuple[str, NDArray[np.float32]] | None:
+def _before(store: str | Path, mosaic: xr.Dataset, period: int) -> tuple[str, NDArray[np.float32]] | None:
     """(date and name, (3, y, x) reflectance) of the least cloudy acquisition, where the run kept it."""
     slots = sorted(int(slot) for slot in mosaic.attrs["cloudgate"]["periods"])
     path = RunFolder(store).period(slots[period]) / "before.npz"

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline.config import Job, job_from_dict
 from pipeline.grid import Grid
-from pipeline.planning import plan_tasks
 from pipeline.periods import periods
+from pipeline.planning import plan_tasks
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
 from pipeline.scene_files import Cut, write_region
 from pipeline.scenes import DEMO_PARAMS, DEMO_TARGET, demo_passes

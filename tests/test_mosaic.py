@@ -1,4 +1,4 @@
-"""The main job: the same bytes whatever the workers, order, shards and interruptions; seams, periods, bounded flight."""
+"""The main job: the same bytes whatever the workers, order, shards and kills; seams, periods, bounded flight."""
 
 import json
 import re
@@ -148,7 +148,7 @@ def test_a_store_of_another_request_is_refused_until_restart(small, tmp_path, mo
     build(job=small.job(store, **_part(small)), client=InlineClient(monkeypatch))
     before = objects(store)
     other = small.job(store, **_part(small, method={"name": "mean"}))
-    with pytest.raises(StoreMismatchError, match="(?s)method: .*median.* there, .*mean.* now.*--out.*--restart"):
+    with pytest.raises(StoreMismatchError, match=r"(?s)method: .*median.* there, .*mean.* now.*--out.*--restart"):
         build(job=other, client=InlineClient(monkeypatch))
     assert objects(store) == before
     # what never matters: workers, limits, the job's name
