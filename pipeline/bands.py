@@ -78,6 +78,13 @@ def darkest(names: Sequence[str]) -> int:
     return min(range(len(names)), key=lambda i: BANDS[names[i]].wavelength_nm)
 
 
+def temporal_bands(names: Sequence[str]) -> tuple[int, int | None]:
+    """Indices of the bands that the temporal check compares: the darkest, and a near infrared if there is another."""
+    dark = darkest(names)
+    infrared = [names.index(name) for name in ("nir", "nir08") if name in names and names.index(name) != dark]
+    return dark, infrared[0] if infrared else None
+
+
 def rgb_bands(names: Sequence[str]) -> tuple[str, str, str]:
     """Three of the bands for red, green, blue: true colour where there, else the longest to the shortest wavelength."""
     if {"red", "green", "blue"} <= set(names):

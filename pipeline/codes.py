@@ -49,10 +49,8 @@ def dn_to_codes(dn: NDArray[Any], asset: Asset, offset_dn: int | None) -> Codes:
     shift = CODE_OFFSET + int(offset_dn)
     usual = abs(asset.scale - CODE_SCALE) < 1e-12
     if usual and dn.dtype == np.uint16 and nodata == 0 and 0 <= shift < CODE_MAX:
-        codes: Codes = np.minimum(dn, np.uint16(CODE_MAX - shift))
-        if shift:
-            codes += np.uint16(shift)
-            np.multiply(codes, dn != 0, out=codes)
+        codes: Codes = dn.copy()
+        shift_to_codes(codes, shift)
         return codes
     if usual and dn.dtype.kind in "iu":
         wide = np.clip(dn.astype(np.int64) + shift, CODE_MIN, CODE_MAX)
@@ -62,6 +60,16 @@ def dn_to_codes(dn: NDArray[Any], asset: Asset, offset_dn: int | None) -> Codes:
     codes = wide.astype(np.uint16)
     codes[invalid(dn, nodata)] = CODE_NODATA
     return codes
+
+
+def shift_to_codes(dn: NDArray[np.uint16], shift: int) -> None:
+    """Turn DN (h, w) of the usual scale into codes, in place: ``dn + shift`` clipped to 65534 where ``dn`` is not 0."""
+    rows = max(1, 65_536 // max(dn.shape[-1], 1))  # so few that they stay in the cache through all passes
+    for top in range(0, len(dn), rows):
+        part = dn[top : top + rows]
+        np.minimum(part, np.uint16(CODE_MAX - shift), out=part)
+        if shift:
+            np.add(part, np.multiply(part != 0, np.uint16(shift)), out=part)
 
 
 def spread_cells(cells: NDArray[Any], factor: int, offset: tuple[int, int], shape: tuple[int, int]) -> NDArray[Any]:

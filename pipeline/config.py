@@ -27,6 +27,8 @@ from pipeline.bands import check_bands
 from pipeline.errors import CloudgateError, ConfigError
 from pipeline.profiles import MaskRule
 
+MASK_MODELS = ("omnicloudmask", "s2cloudless")
+"""Cloud detectors that make the mask from the bands; each is an extra."""
 METHODS = ("median", "p25", "mean", "medoid", "geomedian", "nearest", "linear", "decay", "regression")
 SHOWS_DATE = ("nearest", "linear", "regression")
 """Methods that show a date (an anchor is completed); the others show the whole span."""
@@ -159,7 +161,9 @@ class Mask(_Base):
     """Which looks are clouded. Growth is in metres on the ground."""
 
     source: str | None = Field(
-        None, description="scl (default where the profile says so), omnicloudmask, or s2cloudless"
+        None,
+        description="scl (the scene classification), or a detector that makes the mask from the bands: omnicloudmask, "
+        "s2cloudless (extras); default: what the profile says",
     )
     asset: str | None = Field(None, description="mask raster in the items instead of the profile's, such as clm")
     cloud: tuple[int, ...] | None = Field(None, description="classes of that raster that are cloud")
@@ -176,6 +180,29 @@ class Mask(_Base):
     shadow_grow_m: float = Field(100, ge=0, description="grow shadow by so many metres")
     temporal_check: bool = Field(True, description="mark looks brighter or darker than the other dates allow")
 
+    @field_validator("source")
+    @classmethod
+    def _source(cls, value: str | None) -> str | None:
+        known = ("scl", *MASK_MODELS)
+        if value is not None and value not in known:
+            raise ValueError(
+                f"unknown mask source {value!r}; known are {', '.join(known)}; to read a raster of the items, name it "
+                "as mask.asset instead"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        named = [name for name in ("asset", "cloud", "shadow", "bits", "threshold") if getattr(self, name) is not None]
+        if self.source is not None and named:
+            raise ValueError(f"source {self.source!r} and {', '.join(named)} exclude each other; leave one of them out")
+        return self
+
+    @property
+    def model(self) -> str | None:
+        """The detector that makes the mask from the bands; None where a raster of the items is read."""
+        return self.source if self.source in MASK_MODELS else None
+
     def rule(self, known: Sequence[MaskRule]) -> MaskRule | None:
         """The rule of this job, None to leave the choice to the search.
 
@@ -185,6 +212,9 @@ class Mask(_Base):
         Raises:
             ConfigError: for a raster whose classes nobody knows.
         """
+        if self.source == "scl":
+            usual = MaskRule(kind="scl", cloud=(8, 9, 10), shadow=(3,), nodata=0)
+            return next((rule for rule in known if rule.kind == "scl"), usual)
         if self.asset is None and self.bits is None and self.threshold is None and self.cloud is None:
             return None
         by_asset = {rule.asset: rule for rule in reversed(known)}
@@ -212,7 +242,8 @@ class Mask(_Base):
 
     def opening_m(self, kind: str) -> float:
         """The opening in metres: the given one, else 40 for SCL and 0 for all others."""
-        return self.open_m if self.open_m is not None else (40.0 if kind == "scl" else 0.0)
+        usual = 40.0 if kind == "scl" and self.model is None else 0.0
+        return usual if self.open_m is None else self.open_m
 
 
 class Output(_Base):
@@ -226,7 +257,9 @@ class Cluster(_Base):
 
     kind: Literal["local", "address"] = Field("local", description="local processes, or a running Dask scheduler")
     workers: int = Field(2, ge=1, description="worker processes (local)")
-    threads_per_worker: int = Field(4, ge=1, description="reads in flight per worker")
+    reads_per_worker: int | None = Field(
+        None, ge=1, description="reads in flight per worker; default 2 from files, 8 over a network"
+    )
     address: str | None = Field(None, description="tcp://host:port of the scheduler (kind: address)")
 
     @model_validator(mode="after")

@@ -161,7 +161,7 @@ def score_methods(request: Request, truth: Path, progress: Progress, methods: tu
         job: Job = request.job.model_copy(update={"method": Method(name=name)})
         asked = replace(request, job=job)
         recipe = recipe_of(asked, period, acquisitions, survey(asked, period, acquisitions))
-        block = compose_window(replace(recipe, cut_px=1024), (0, grid.height), (0, grid.width))
+        block = compose_window(recipe, (0, grid.height), (0, grid.width))
         made = to_reflectance(block.codes)
         filled = np.isfinite(made).all(axis=0)
         predicted = np.nan_to_num(made)

@@ -21,6 +21,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from pipeline.bands import temporal_bands
 from pipeline.errors import ConfigError
 from pipeline.mask_models import mask_model
 from pipeline.profiles import MaskRule
@@ -70,8 +71,6 @@ _NODATA_BIT: Final = 4
 
 # Blocks run in threads of their own; OpenCV's would only fight them.
 cv2.setNumThreads(1)
-
-_NIR_NAMES: Final = ("nir", "nir08")
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def mask_block(
         Bool (T, H, W) layers. What the temporal check finds too bright is in ``cloud``, too dark in
         ``shadow``; it is not grown.
     """
-    cells = _grown_bits(state, factor * resolution_m, params)
+    cells = grown_bits(state=state, resolution_m=factor * resolution_m, params=params)
     if codes is not None:
         shape = (codes.shape[1], codes.shape[2])
     elif shape is None:
@@ -219,8 +218,8 @@ def mask_block(
     return _unpack(_checked_bits(bits, codes, nir, None, days=days, temporal_check=params.temporal_check))
 
 
-def _grown_bits(state: State, resolution_m: float, params: MaskParams) -> State:
-    """Cloud, shadow and no-data bits (T, h, w) after growth, on the state's lattice."""
+def grown_bits(*, state: State, resolution_m: float, params: MaskParams) -> State:
+    """Cloud, shadow and no-data bits (T, h, w) uint8 after growth, on the state's own lattice (``resolution_m``)."""
     cloud, shadow = grow(
         state=state,
         resolution_m=resolution_m,
@@ -230,8 +229,38 @@ def _grown_bits(state: State, resolution_m: float, params: MaskParams) -> State:
     )
     bits = np.multiply(state == NODATA, np.uint8(_NODATA_BIT), dtype=np.uint8)
     np.bitwise_or(bits, cloud.view(np.uint8), out=bits)
-    np.bitwise_or(bits, np.left_shift(shadow.view(np.uint8), np.uint8(1)), out=bits)
-    return bits
+    return np.bitwise_or(bits, np.left_shift(shadow.view(np.uint8), np.uint8(1)), out=bits)
+
+
+def clear_looks(
+    *,
+    bits: State,
+    factor: int,
+    offset: tuple[int, int],
+    valid: Flags,
+    codes: Codes,
+    nir: Codes | None,
+    days: NDArray[np.int32],
+    temporal_check: bool,
+) -> Flags:
+    """Usable looks of one block, bool (T, H, W): what ``mask_block`` calls clear, from bits that are grown already.
+
+    Args:
+        bits: from ``grown_bits``, reaching over the block.
+        factor: Grid pixels along one cell of ``bits``.
+        offset: (rows, cols) of the block's [0, 0] inside ``bits``, in grid pixels.
+        valid: bool (T, H, W), True = all bands have data.
+        codes: uint16 (T, H, W), the darkest band.
+        nir: uint16 (T, H, W) or None.
+        days: int32 (T,), ascending.
+        temporal_check: Whether dates are compared with each other.
+    """
+    clear = _to_grid(bits, factor, offset, (codes.shape[1], codes.shape[2])) == 0
+    np.logical_and(clear, valid, out=clear)
+    if temporal_check and len(codes) > 1:
+        bright, dark = bright_and_dark(codes=codes, clear=clear, days=days, nir=nir)
+        np.logical_xor(clear, np.logical_or(bright, dark, out=bright), out=clear)  # both lie within clear
+    return clear
 
 
 def _to_grid(cells: State, factor: int, offset: tuple[int, int], shape: tuple[int, int]) -> State:
@@ -282,7 +311,7 @@ def _unpack(bits: State) -> MaskLayers:
     return MaskLayers(cloud=(bits & _CLOUD_BIT) != 0, shadow=(bits & _SHADOW_BIT) != 0, clear=bits == 0)
 
 
-def cloud_mask(*, cube: xr.Dataset, params: MaskParams | None = None, darkest_band: str = "blue") -> xr.Dataset:
+def cloud_mask(*, cube: xr.Dataset, params: MaskParams | None = None, darkest_band: str | None = None) -> xr.Dataset:
     """Masks of a cube, lazy where the cube is lazy (nothing is computed here), eager on numpy.
 
     Args:
@@ -291,7 +320,7 @@ def cloud_mask(*, cube: xr.Dataset, params: MaskParams | None = None, darkest_ba
             ``factor`` and ``offset`` ([rows, cols] of the cube's [0, 0] inside its state cell);
             ``cube.attrs["resolution_m"]``.
         params: Growth and checks; default :class:`MaskParams`.
-        darkest_band: The band that the temporal check compares.
+        darkest_band: The band that the temporal check compares; default: that of the shortest wavelength.
 
     Returns:
         ``cloud``, ``shadow`` (True = affected) and ``clear`` (time, y, x) bool, equal to what
@@ -304,8 +333,13 @@ def cloud_mask(*, cube: xr.Dataset, params: MaskParams | None = None, darkest_ba
     _check_cube(cube, darkest_band, params)
     resolution_m = float(cube.attrs["resolution_m"])
     names = [str(name) for name in cube["band"].values]
-    looked_at = [name for name in (darkest_band, *_NIR_NAMES) if name in names][: 2 if params.temporal_check else 0]
-    days = cube["time"].values.astype("datetime64[D]").astype(np.int64).astype(np.int32)
+    looked_at: list[str] = []
+    if params.temporal_check:
+        dark, infrared = temporal_bands(names)
+        looked_at = [darkest_band or names[dark], *([names[infrared]] if infrared is not None else [])]
+    # A job reckons in solar days; a cube made elsewhere may have times only.
+    when = cube["solar_day"] if "solar_day" in cube.coords else cube["time"]
+    days = when.values.astype("datetime64[D]").astype(np.int64).astype(np.int32)
     reflectance = cube["reflectance"].transpose("time", "band", "y", "x")
     arrays = [cube["valid"].transpose("time", "y", "x").data, _bits_on_grid(cube, resolution_m, params)]
     arrays += [reflectance.sel(band=name).data for name in looked_at]
@@ -339,7 +373,7 @@ def reflectance_to_codes(reflectance: NDArray[np.float32]) -> Codes:
     return np.nan_to_num(codes, copy=False, nan=0).astype(np.uint16)
 
 
-def _check_cube(cube: xr.Dataset, darkest_band: str, params: MaskParams) -> None:
+def _check_cube(cube: xr.Dataset, darkest_band: str | None, params: MaskParams) -> None:
     missing = [name for name in ("reflectance", "valid", "state") if name not in cube]
     if missing:
         raise ConfigError(f"cloud_mask: the cube lacks {missing}; make it with open_cube, which reads the mask too")
@@ -349,7 +383,7 @@ def _check_cube(cube: xr.Dataset, darkest_band: str, params: MaskParams) -> None
             "the grid and are not there; xarray drops attributes in arithmetic (use xr.set_options(keep_attrs=True))"
         )
     names = [str(name) for name in cube["band"].values]
-    if params.temporal_check and darkest_band not in names:
+    if params.temporal_check and darkest_band is not None and darkest_band not in names:
         raise ConfigError(
             f"cloud_mask: the temporal check compares the darkest band {darkest_band!r}, and the cube has {names}; "
             "add the band, name another as darkest_band, or set temporal_check=False"
@@ -371,16 +405,15 @@ def _bits_on_grid(cube: xr.Dataset, resolution_m: float, params: MaskParams) -> 
         reach = int(halo_m(params.open_m, params.cloud_grow_m, params.shadow_grow_m) / cell_m + 1e-9)
         depth = {0: 0, 1: reach, 2: reach}
         grown = da.map_overlap(
-            _grown_bits,
+            lambda block: grown_bits(state=block, resolution_m=cell_m, params=params),
             cells,
             depth=depth,
             boundary=NODATA,
             dtype=np.uint8,
-            resolution_m=cell_m,
-            params=params,
+            meta=np.empty((0, 0, 0), np.uint8),
         )
     else:
-        grown = _grown_bits(np.ascontiguousarray(cells), resolution_m=cell_m, params=params)
+        grown = grown_bits(state=np.ascontiguousarray(cells), resolution_m=cell_m, params=params)
     for axis, start in zip((1, 2), offset, strict=True):
         grown = _module(grown).repeat(grown, factor, axis=axis)
         grown = grown[(slice(None),) * axis + (slice(start, start + state.shape[axis]),)]

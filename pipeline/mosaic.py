@@ -27,6 +27,7 @@ from pipeline.errors import (
     NoItemsError,
     NothingClearError,
     ReadError,
+    StoreMismatchError,
     TooManyFailuresError,
 )
 from pipeline.frozen import digest, load_items, save_items
@@ -36,11 +37,12 @@ from pipeline.items import Acquisition, Item, day_text
 from pipeline.periods import Period, periods
 from pipeline.planning import Plan, plan_tasks
 from pipeline.reader import dn_to_codes, read_window
+from pipeline.recipe import Recipe
 from pipeline.records import RunFolder, write_whole
 from pipeline.region import region_of
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
 from pipeline.scout import Scouted, coarse_grid
-from pipeline.tasks import Recipe, Report, Task, run_task
+from pipeline.tasks import Report, Task, run_task
 
 
 class Progress(Protocol):
@@ -214,7 +216,7 @@ def _build_period(
     recipe = recipe_of(request, period, acquisitions, seen)
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
-    _run_tasks(recipe, tasks, path, period.slot, run, client, progress, job)
+    _run_tasks(recipe, tasks, path, period.slot, run, client, progress)
     facts = _tally(run.marks(period.slot))
     outcome |= facts | {
         "seconds": round(time.perf_counter() - began, 2),
@@ -227,7 +229,7 @@ def _build_period(
             raise NothingClearError(f"{message}; widen time or lookback_days, or loosen mask")
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
         return {**outcome, "published": False, "message": message}
-    _publish(request, period, seen, path, run)
+    _publish(request, period, seen, path)
     outcome |= {"published": True, "message": "finished", "anchors": _anchor_names(seen, acquisitions)}
     run.write(outcome, name, "manifest.json")
     return outcome
@@ -252,7 +254,6 @@ def _run_tasks(
     run: RunFolder,
     client: Any,
     progress: Progress,
-    job: Job,
 ) -> None:
     """Submit with bounded concurrency; mark each shard as its task comes back."""
     progress.begin("shards", sum(len(task.shards) for task in tasks))
@@ -388,7 +389,7 @@ def _keep_before(request: Request, acquisitions: Sequence[Acquisition], seen: Sc
     write_whole(path, buffer.getvalue())
 
 
-def _publish(request: Request, period: Period, seen: Scouted, path: Path, run: RunFolder) -> None:
+def _publish(request: Request, period: Period, seen: Scouted, path: Path) -> None:
     """Write metadata last; earlier published periods stay published."""
     job, grid = request.job, request.grid
     old = stores.read_attrs(path)

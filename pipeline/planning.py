@@ -17,8 +17,9 @@ from pipeline.frozen import SearchResult
 from pipeline.grid import Grid
 from pipeline.items import Acquisition, Item, day_text
 from pipeline.periods import Period
+from pipeline.recipe import Recipe
 from pipeline.scout import Scouted
-from pipeline.tasks import CUTS_PX, Recipe, Task
+from pipeline.tasks import Task
 
 WORKER_BASE_BYTES: Final = 420e6
 """Resident size of a worker with all libraries loaded, before any pixel (measured 300 to 400 MB)."""
@@ -26,6 +27,20 @@ USABLE: Final = 0.85
 """Part of the limit that the plan fills; the rest is for the allocator and GDAL's cache."""
 TASK_PX: Final = 2048
 """Shards smaller than this are taken together into one task of about this side."""
+WIDEST: Final = 4
+"""Tasks are made wider, up to so many times, while every worker has one: fewer edges are read twice."""
+CUTS_PX: Final = (
+    (2048, 2048),
+    (2048, 1024),
+    (1024, 1024),
+    (1024, 512),
+    (512, 512),
+    (512, 256),
+    (256, 256),
+    (256, 128),
+    (128, 128),
+)
+"""Sub-blocks, best first for methods that look around; the others need none above 1024."""
 
 
 def cut_origin(grid: Grid, items: Sequence[Item], bands: Sequence[str]) -> tuple[int, int]:
@@ -40,10 +55,12 @@ def cut_origin(grid: Grid, items: Sequence[Item], bands: Sequence[str]) -> tuple
     return min(votes, key=lambda key: (-votes[key], key)) if votes else (0, 0)
 
 
-def block_bytes(recipe: Recipe, cut_px: int) -> float:
-    """Peak bytes of one sub-block: looks, the next one's reads, masks, the method's scratch."""
-    side = cut_px + 2 * recipe.halo
+def block_bytes(recipe: Recipe, cut_px: tuple[int, int], task_cols: int) -> float:
+    """Peak bytes of one sub-block: its looks, the next one's, masks of the strip, the method's scratch."""
     looks, bands = len(recipe.acquisitions), len(recipe.bands)
+    pixels = (cut_px[0] + 2 * recipe.halo) * (min(cut_px[1], task_cols) + 2 * recipe.halo)
+    around = 2 * (recipe.halo + recipe.mask_halo)
+    cells = (cut_px[0] + around) * (task_cols + around) / recipe.factor**2
     per_pixel = looks * bands * 2 * 2 + looks * 7 + 40
     if recipe.method.name == "regression":
         per_pixel += min(looks, 40) * min(bands, 4) * 5 + bands * 16
@@ -51,7 +68,7 @@ def block_bytes(recipe: Recipe, cut_px: int) -> float:
         per_pixel += looks * bands * 4
     if recipe.method.name == "medoid":
         per_pixel += looks * 4
-    return float(side * side * per_pixel)
+    return pixels * per_pixel + cells * looks * 5
 
 
 def task_bytes(recipe: Recipe, rows: int, cols: int) -> float:
@@ -60,33 +77,47 @@ def task_bytes(recipe: Recipe, rows: int, cols: int) -> float:
     return float(rows * cols * per_pixel)
 
 
-def peak_bytes(recipe: Recipe, cut_px: int, task_px: int) -> float:
-    """Peak resident bytes of a worker."""
-    return WORKER_BASE_BYTES + block_bytes(recipe, cut_px) + task_bytes(recipe, task_px, task_px)
+def peak_bytes(recipe: Recipe, cut_px: tuple[int, int], shape: tuple[int, int]) -> float:
+    """Peak resident bytes of a worker with tasks of ``shape`` (rows, columns)."""
+    return WORKER_BASE_BYTES + block_bytes(recipe, cut_px, shape[1]) + task_bytes(recipe, *shape)
 
 
-def choose_cut(recipe: Recipe, task_px: int, limit_gb: float) -> int:
-    """The largest sub-block that fits the limit.
+def choose_cut(recipe: Recipe, shape: tuple[int, int], limit_gb: float) -> tuple[int, int] | None:
+    """The largest sub-block that fits the limit, None if none does."""
+    for cut in CUTS_PX if recipe.halo else CUTS_PX[2:]:
+        if peak_bytes(recipe, cut, shape) <= limit_gb * 1e9 * USABLE:
+            return cut
+    return None
+
+
+def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(shards of a task as rows and columns, sub-block in pixels) that fit the memory of a worker.
 
     Raises:
-        ConfigError: if not even the smallest does.
+        ConfigError: if the limit cannot hold any sub-block.
     """
-    limit = limit_gb * 1e9 * USABLE
-    preferred = [cut for cut in CUTS_PX if cut <= (2048 if recipe.halo else 1024)]
-    for cut in preferred:
-        if peak_bytes(recipe, cut, task_px) <= limit:
-            return cut
-    needed = peak_bytes(recipe, preferred[-1], task_px) / USABLE / 1e9
-    raise ConfigError(
-        f"limits.memory_gb_per_worker: {limit_gb} GB cannot hold {len(recipe.acquisitions)} acquisitions x "
-        f"{len(recipe.bands)} bands with shards of {task_px} px, about {needed:.1f} GB are needed; raise it, or lower "
-        "grid.shard_px"
-    )
-
-
-def shards_per_task(grid: Grid) -> int:
-    """Side of a task in shards."""
-    return max(1, TASK_PX // grid.shard_px)
+    grid, limit = recipe.grid, job.limits.memory_gb_per_worker
+    rows, cols = (math.ceil(size / grid.shard_px) for size in grid.shape)
+    group = max(1, TASK_PX // grid.shard_px)
+    best = None
+    for wide in (1, 2, WIDEST):
+        shards = (min(group, rows), min(group * wide, cols))
+        tasks = math.ceil(rows / shards[0]) * math.ceil(cols / shards[1])
+        if best and (tasks < job.cluster.workers or (tasks < 4 * job.cluster.workers and tasks % job.cluster.workers)):
+            break
+        cut = choose_cut(recipe, (shards[0] * grid.shard_px, shards[1] * grid.shard_px), limit)
+        if cut is None or (best and cut < best[1]):
+            break
+        best = shards, cut
+    if best is None:
+        shape = (min(group, rows) * grid.shard_px, min(group, cols) * grid.shard_px)
+        needed = peak_bytes(recipe, CUTS_PX[-1], shape) / USABLE / 1e9
+        raise ConfigError(
+            f"limits.memory_gb_per_worker: {limit} GB cannot hold {len(recipe.acquisitions)} acquisitions x "
+            f"{len(recipe.bands)} bands with shards of {grid.shard_px} px, about {needed:.1f} GB are needed; raise it, or "
+            "lower grid.shard_px"
+        )
+    return best
 
 
 def plan_tasks(recipe: Recipe, job: Job, done: Collection[tuple[int, int]] = ()) -> tuple[Recipe, list[Task]]:
@@ -98,26 +129,24 @@ def plan_tasks(recipe: Recipe, job: Job, done: Collection[tuple[int, int]] = ())
     Raises:
         ConfigError: if the limit cannot hold any sub-block.
     """
-    grid = recipe.grid
-    group = shards_per_task(grid)
-    side = min(group * grid.shard_px, max(grid.shape))
-    recipe = replace(recipe, cut_px=choose_cut(recipe, side, job.limits.memory_gb_per_worker))
+    shards, cut = layout(recipe, job)
     finished = set(done)
-    return recipe, [t for t in all_tasks(grid, group) if not finished.issuperset(t.shards)]
+    tasks = [task for task in all_tasks(recipe.grid, shards) if not finished.issuperset(task.shards)]
+    return replace(recipe, cut_px=cut), tasks
 
 
-def all_tasks(grid: Grid, group: int) -> list[Task]:
-    """Rectangles of ``group`` x ``group`` shards, row by row; the last of a row or column may be smaller."""
+def all_tasks(grid: Grid, group: tuple[int, int]) -> list[Task]:
+    """Rectangles of ``group`` (rows, columns) shards, row by row; the last of a row or column may be smaller."""
     rows, cols = math.ceil(grid.height / grid.shard_px), math.ceil(grid.width / grid.shard_px)
     side = grid.shard_px
     return [
         Task(
-            (i * side, min((i + group) * side, grid.height)),
-            (j * side, min((j + group) * side, grid.width)),
-            tuple((a, b) for a in range(i, min(i + group, rows)) for b in range(j, min(j + group, cols))),
+            (i * side, min((i + group[0]) * side, grid.height)),
+            (j * side, min((j + group[1]) * side, grid.width)),
+            tuple((a, b) for a in range(i, min(i + group[0], rows)) for b in range(j, min(j + group[1], cols))),
         )
-        for i in range(0, rows, group)
-        for j in range(0, cols, group)
+        for i in range(0, rows, group[0])
+        for j in range(0, cols, group[1])
     ]
 
 
@@ -162,17 +191,16 @@ class Plan:
             "scenes": sum(len(a.items) for a in acquisitions),
         }
         if recipe is not None:
-            group = shards_per_task(self.grid)
-            side = min(group * self.grid.shard_px, max(self.grid.shape))
-            cut = choose_cut(recipe, side, job.limits.memory_gb_per_worker)
-            rows, cols = (math.ceil(n / self.grid.shard_px) for n in self.grid.shape)
+            shards, cut = layout(recipe, job)
+            rows, cols = (math.ceil(size / self.grid.shard_px) for size in self.grid.shape)
+            shape = (shards[0] * self.grid.shard_px, shards[1] * self.grid.shard_px)
             pixels = self.grid.height * self.grid.width * len(acquisitions)
             entry |= {
                 "shards": rows * cols,
-                "tasks": math.ceil(rows / group) * math.ceil(cols / group),
-                "sub_block_px": cut,
+                "tasks": math.ceil(rows / shards[0]) * math.ceil(cols / shards[1]),
+                "sub_block_px": list(cut),
                 "decoded_gb": round(pixels * (2 * len(recipe.bands) + 1 / recipe.factor**2) / 1e9, 3),
-                "peak_memory_gb": round(peak_bytes(recipe, cut, side) / 1e9, 2),
+                "peak_memory_gb": round(peak_bytes(recipe, cut, shape) / 1e9, 2),
             }
         if seen is not None:
             entry["layers"] = [dict(layer.__dict__) for layer in seen.layers]

@@ -8,7 +8,7 @@ time, keeps datasets open between windows, retries what may pass, and never hide
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
+from pipeline.bands import CODE_NODATA, CODE_OFFSET, CODE_SCALE
 from pipeline.codes import (
     CLEAR,
     CLOUD,
@@ -27,6 +28,7 @@ from pipeline.codes import (
     dn_to_codes,
     fuse_scenes,
     fuse_states,
+    shift_to_codes,
     spread_cells,
 )
 from pipeline.errors import ReadError
@@ -60,6 +62,7 @@ __all__ = [
     "gdal_settings",
     "mask_lattice",
     "read_coarse",
+    "read_codes",
     "read_window",
     "spread_cells",
 ]
@@ -110,6 +113,41 @@ def read_window(
     levels = 1.0 if start is not None else shrink(frame, grid.crs, grid.resolution_m)
     budget = levels / 2 if kind == "reflectance" else levels
     return _read(asset, grid, kind, profile, budget)
+
+
+def read_codes(
+    asset: Asset, grid: Grid, *, offset_dn: int | None, out: NDArray[np.uint16], profile: Profile | None = None
+) -> None:
+    """Read reflectance as codes straight into ``out`` (height, width) uint16; see ``read_window`` and ``dn_to_codes``.
+
+    On the raster's own lattice, in the usual coding, no other array is made.
+
+    Raises:
+        ReadError: when it cannot be read, after retries; ``out`` then holds anything.
+    """
+    frame = frame_of(asset)
+    start = native_offset(frame, grid)
+    usual = abs(asset.scale - CODE_SCALE) < 1e-12 and frame.nodata == 0 and offset_dn is not None
+    if start is None or not usual or _apart(start, grid, frame):
+        out[...] = dn_to_codes(read_window(asset, grid, profile=profile), asset, offset_dn)
+        return
+
+    def into(dataset: DatasetReader) -> bool:
+        file_frame = _file_frame(dataset, asset)
+        if dataset.dtypes[0] != "uint16" or native_offset(file_frame, grid) != start:
+            return False
+        height, width = file_frame.shape
+        top, bottom = max(start[0], 0), min(start[0] + grid.height, height)
+        left, right = max(start[1], 0), min(start[1] + grid.width, width)
+        inside = out[top - start[0] : bottom - start[0], left - start[1] : right - start[1]]
+        if inside.shape != out.shape:
+            out.fill(CODE_NODATA)
+        dataset.read(1, window=Window(left, top, right - left, bottom - top), out=inside)
+        shift_to_codes(inside, CODE_OFFSET + int(offset_dn or 0))
+        return True
+
+    if not with_dataset(asset.href, profile, into):
+        out[...] = dn_to_codes(read_window(asset, grid, profile=profile), asset, offset_dn)
 
 
 def read_coarse(
@@ -296,21 +334,36 @@ class ReadPool:
 
     def submit(self, asset: Asset, grid: Grid, kind: Kind = "reflectance") -> Future[NDArray[Any]]:
         """Queue one ``read_window``; the future gives its array or raises its ``ReadError``."""
+        return self.queue(asset, lambda: read_window(asset, grid, kind=kind, profile=self.profile))
+
+    def submit_codes(
+        self, asset: Asset, grid: Grid, offset_dn: int | None, out: NDArray[np.uint16]
+    ) -> Future[NDArray[np.uint16]]:
+        """Queue one ``read_codes`` into ``out``, which must not be touched until the future is done; it gives ``out``."""
+
+        def work() -> NDArray[np.uint16]:
+            read_codes(asset, grid, offset_dn=offset_dn, out=out, profile=self.profile)
+            return out
+
+        return self.queue(asset, work)
+
+    def queue(self, asset: Asset, work: Callable[[], NDArray[Any]]) -> Future[NDArray[Any]]:
+        """Queue any work that reads ``asset``; counted like a read."""
         self._slots.acquire()
         try:
-            future = self._threads.submit(self._read, asset, grid, kind)
+            future = self._threads.submit(self._counted, asset, work)
         except BaseException:
             self._slots.release()
             raise
         future.add_done_callback(lambda _: self._slots.release())
         return future
 
-    def _read(self, asset: Asset, grid: Grid, kind: Kind) -> NDArray[Any]:
+    def _counted(self, asset: Asset, work: Callable[[], NDArray[Any]]) -> NDArray[Any]:
         began = time.perf_counter()
         pixels: NDArray[Any] | None = None
         problem: ReadError | None = None
         try:
-            pixels = read_window(asset, grid, kind=kind, profile=self.profile)
+            pixels = work()
             return pixels
         except ReadError as error:
             problem = error

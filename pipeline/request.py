@@ -13,14 +13,16 @@ from pipeline.catalog import search
 from pipeline.config import Job
 from pipeline.frozen import SearchResult
 from pipeline.grid import Grid
+from pipeline.handles import is_remote
 from pipeline.items import Acquisition, group_acquisitions
+from pipeline.mask_models import check_mask_model
 from pipeline.periods import Period, periods
 from pipeline.planning import cut_origin
 from pipeline.profiles import load_profile
 from pipeline.reader import mask_lattice
+from pipeline.recipe import Recipe
 from pipeline.region import Region, region_of
 from pipeline.scout import Scouted, scout
-from pipeline.tasks import Recipe
 
 SEARCH_MARGIN_M = 5000.0
 """Scenes so far around the area are used too, for growth, windows of the regression and strips between anchors."""
@@ -44,6 +46,8 @@ def resolve(job: Job) -> Request:
         RequestError: every fault of the request. CatalogError: if the catalog does not answer.
     """
     check_method(job.method)
+    if job.mask.model:
+        check_mask_model(job.mask.model, job.bands)
     region = region_of(job.area)
     region.crs(job.grid)
     schedule = tuple(periods(job))
@@ -58,6 +62,7 @@ def resolve(job: Job) -> Request:
         collection=job.collection,
         bands=job.bands,
         mask=job.mask.rule((known.mask, *known.mask_alternatives)),
+        need_mask=job.mask.model is None,
         max_cloud_cover=None if job.max_cloud_cover >= 100 else job.max_cloud_cover,
     )
     grid = region.grid(job.grid, found.items, job.bands)
@@ -94,14 +99,17 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
         )
         for a in acquisitions
     )
-    assets = [item.assets[found.mask.asset] for a in acquisitions for item in a.items]
-    factor, phase = mask_lattice(assets, grid)
+    model = job.mask.model
+    assets = [item.assets[job.bands[0] if model else found.mask.asset] for a in acquisitions for item in a.items]
+    factor, phase = (1, (0, 0)) if model else mask_lattice(assets, grid)
     inside = request.region.inside(grid)
+    remote = any(is_remote(asset.href) for asset in assets)
     return Recipe(
         grid=grid,
         bands=job.bands,
         acquisitions=layers,
         rule=found.mask,
+        mask_model=model,
         params=mask_params(job, found.mask.kind),
         factor=factor,
         phase=phase,
@@ -111,9 +119,9 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
         anchors=seen.anchors if seen else None,
         profile=found.profile,
         inside=None if inside is None else np.packbits(inside, axis=1),
-        cut_px=0,
+        cut_px=(1024, 1024),
         origin=cut_origin(grid, [item for a in acquisitions for item in a.items], job.bands),
-        threads=job.cluster.threads_per_worker,
+        threads=job.cluster.reads_per_worker or (8 if remote else 2),
     )
 
 
@@ -129,7 +137,7 @@ def survey(
         acquisitions=acquisitions,
         grid=request.grid,
         bands=job.bands,
-        rule=found.mask,
+        rule=None if job.mask.model else found.mask,
         params=mask_params(job, found.mask.kind),
         profile=found.profile,
         method=job.method,

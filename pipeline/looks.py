@@ -1,0 +1,293 @@
+"""The looks of a task, streamed: in come a recipe and a rectangle, out come its sub-blocks as codes and clear looks.
+
+A rectangle is worked in strips of rows, a strip in sub-blocks from left to right. The mask's rasters are read and grown
+once for a strip. Bands go straight into the sub-block's array; where sub-blocks overlap (the method looks around), the
+overlap is copied from the left neighbour instead of read again. While one sub-block is composed, the reads of the
+next are in flight. Cuts fall on the blocks of the source files. None of this changes a byte of what comes out.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import mask as masks
+from pipeline.bands import temporal_bands, to_reflectance
+from pipeline.errors import ReadError
+from pipeline.grid import Grid
+from pipeline.items import Asset, Item
+from pipeline.mask_models import lattice_window, state_on_lattice
+from pipeline.reader import ReadPool, coarse_grid, fuse_scenes, fuse_states, read_codes, read_window
+from pipeline.recipe import Recipe
+
+Span = tuple[int, int]
+Codes = NDArray[np.uint16]
+Failure = tuple[str, str, str]
+"""(item id, band or mask asset, message)."""
+
+_held = threading.local()
+"""Two arrays that a thread keeps from task to task."""
+
+
+def release_arrays() -> None:
+    """Give back the memory that this thread keeps for its next task."""
+    _held.__dict__.clear()
+
+
+@dataclass(frozen=True)
+class Looks:
+    """One sub-block with its halo.
+
+    Attributes:
+        rows: [r0, r1) of the core in the mosaic's grid.
+        cols: [c0, c1) likewise.
+        fine: the grid of the arrays, halo included.
+        codes: (T, B, H, W) uint16; valid until the next sub-block is asked for.
+        clear: (T, H, W) bool.
+        failed: (H, W) bool, a read failed here; None where none did.
+    """
+
+    rows: Span
+    cols: Span
+    fine: Grid
+    codes: Codes
+    clear: NDArray[np.bool_]
+    failed: NDArray[np.bool_] | None
+
+
+@dataclass
+class _Strip:
+    """The masks of one strip of rows: states by scene, then grown bits."""
+
+    cells: Grid
+    offset: tuple[int, int]
+    futures: list[list[tuple[Item, Future[NDArray[np.uint8]]]]]
+    states: list[dict[str, NDArray[np.uint8]]] = field(default_factory=list)
+    failed: list[Item] = field(default_factory=list)
+    bits: NDArray[np.uint8] | None = None
+
+
+@dataclass
+class _Block:
+    """Reads in flight for one sub-block: of each layer its scenes, each with its array and its bands' reads."""
+
+    rows: Span
+    cols: Span
+    fine: Grid
+    fresh: int
+    codes: Codes
+    layers: list[list[tuple[Item, Codes, list[Future[Codes]]]]]
+
+
+def cuts(span: Span, shift: int, size: int) -> list[Span]:
+    """Cut [start, stop) where ``position + shift`` is a multiple of ``size``."""
+    edges = [span[0]]
+    following = span[0] + size - (span[0] + shift) % size
+    while following < span[1]:
+        edges.append(following)
+        following += size
+    edges.append(span[1])
+    return list(itertools.pairwise(edges))
+
+
+def touches(asset: Asset, grid: Grid) -> bool:
+    """Whether an asset may have pixels in the grid; only a shared CRS lets us say no without reading."""
+    if asset.crs != grid.crs:
+        return True
+    a, _, c, _, e, f = asset.transform
+    left, bottom, right, top = grid.bounds
+    return c < right and c + a * asset.shape[1] > left and f > bottom and f + e * asset.shape[0] < top
+
+
+def extent(asset: Asset, grid: Grid) -> NDArray[np.bool_]:
+    """(H, W) bool: where a scene that could not be read might have had pixels."""
+    if asset.crs != grid.crs:
+        return np.ones(grid.shape, bool)
+    a, _, c, _, e, f = asset.transform
+    inside_x = (grid.x > c) & (grid.x < c + a * asset.shape[1])
+    inside_y = (grid.y < f) & (grid.y > f + e * asset.shape[0])
+    return np.asarray(inside_y[:, None] & inside_x[None, :])
+
+
+class LookStream:
+    """Iterate over the sub-blocks of a rectangle; ``failures`` and ``seen`` fill as it goes."""
+
+    def __init__(self, recipe: Recipe, rows: Span, cols: Span, pool: ReadPool) -> None:
+        self.recipe, self.rows, self.cols, self.pool = recipe, rows, cols, pool
+        self.failures: list[Failure] = []
+        self.seen: set[str] = set()
+        self._turn = 0
+
+    def __iter__(self) -> Iterator[Looks]:
+        recipe, grid = self.recipe, self.recipe.grid
+        # Without a halo cuts on the files' blocks let each be read once. With one, blocks at an edge are read twice
+        # wherever it lies, and equal parts waste least on halos.
+        shift = (-self.rows[0], -self.cols[0])
+        if not recipe.halo:
+            shift = (grid.row0 - recipe.origin[0], grid.col0 - recipe.origin[1])
+        row_cuts = cuts(self.rows, shift[0], recipe.cut_px[0])
+        col_cuts = cuts(self.cols, shift[1], recipe.cut_px[1])
+        places = [(rows, cols) for rows in row_cuts for cols in col_cuts]
+        strip, block = self._ask_strip(places[0][0]), self._ask_block(*places[0], None)
+        for following in [*places[1:], None]:
+            if strip.bits is None:
+                self._grow(strip)
+            failed = self._gather(strip, block)
+            here, now = strip, block
+            if following is not None:
+                same = following[0] == block.rows
+                strip = strip if same else self._ask_strip(following[0])
+                block = self._ask_block(*following, block if same else None)
+            yield self._mask(here, now, failed)
+
+    # -- masks ----------------------------------------------------------------------------------------------
+
+    def _ask_strip(self, rows: Span) -> _Strip:
+        recipe = self.recipe
+        fine = recipe.grid.window(rows, self.cols).padded(recipe.halo)
+        cells, offset = coarse_grid(fine.padded(recipe.mask_halo), recipe.factor, recipe.phase)
+        futures = []
+        for acquisition in recipe.acquisitions:
+            scenes = [item for item in acquisition.items if touches(item.assets[recipe.outline], cells)]
+            futures.append(
+                [(item, self.pool.queue(item.assets[recipe.outline], self._state_of(item, cells))) for item in scenes]
+            )
+        return _Strip(cells, (offset[0] + recipe.mask_halo, offset[1] + recipe.mask_halo), futures)
+
+    def _state_of(self, item: Item, cells: Grid) -> Callable[[], NDArray[np.uint8]]:
+        """What gives the scene's state on the cells: its class raster, or a cloud detector."""
+        recipe = self.recipe
+        if not recipe.mask_model:
+            asset, profile = item.assets[recipe.rule.asset], recipe.profile
+            return lambda: masks.apply_rule(read_window(asset, cells, kind="classes", profile=profile), recipe.rule)
+
+        def detect() -> NDArray[np.uint8]:
+            seen = lattice_window(cells)
+            codes = np.empty((len(recipe.bands), *seen.shape), np.uint16)
+            for out, band in zip(codes, recipe.bands, strict=True):
+                read_codes(item.assets[band], seen, offset_dn=item.offset_dn, out=out, profile=recipe.profile)
+            name = recipe.mask_model or ""
+            return state_on_lattice(name, reflectance=to_reflectance(codes), bands=recipe.bands, seen=seen, cells=cells)
+
+        return detect
+
+    def _grow(self, strip: _Strip) -> None:
+        """Gather a strip's states, fuse them by acquisition, and grow."""
+        recipe = self.recipe
+        fused = np.zeros((len(recipe.acquisitions), *strip.cells.shape), np.uint8)
+        for layer, scenes in enumerate(strip.futures):
+            states = []
+            for item, future in scenes:
+                try:
+                    states.append((item.id, future.result()))
+                except ReadError as error:
+                    self.failures.append((item.id, recipe.mask_model or recipe.rule.asset, str(error)))
+                    strip.failed.append(item)
+            if states:
+                fused[layer] = fuse_states([state for _, state in states])
+            # Fusing bands needs the scenes' own states only where scenes meet.
+            strip.states.append(dict(states) if len(states) > 1 else {})
+            scenes.clear()
+        resolution_m = recipe.grid.resolution_m * recipe.factor
+        strip.bits = masks.grown_bits(state=fused, resolution_m=resolution_m, params=recipe.params)
+
+    # -- bands ----------------------------------------------------------------------------------------------
+
+    def _array(self, shape: tuple[int, ...]) -> Codes:
+        """One of this thread's two arrays in turn: fresh memory costs as much as the copying it would be used for."""
+        self._turn = 1 - self._turn
+        if not hasattr(_held, "arrays"):
+            _held.arrays = [np.empty(0, np.uint16), np.empty(0, np.uint16)]
+        size = int(np.prod(shape))
+        if _held.arrays[self._turn].size < size:
+            _held.arrays[self._turn] = np.empty(0, np.uint16)  # let go before taking more
+            _held.arrays[self._turn] = np.empty(size, np.uint16)
+        return _held.arrays[self._turn][:size].reshape(shape)
+
+    def _ask_block(self, rows: Span, cols: Span, left: _Block | None) -> _Block:
+        """Send the reads of a sub-block; with a left neighbour only of the columns it does not have."""
+        recipe = self.recipe
+        fine = recipe.grid.window(rows, cols).padded(recipe.halo)
+        codes = self._array((len(recipe.acquisitions), len(recipe.bands), *fine.shape))
+        fresh = 0
+        if left is not None:
+            fresh = max(left.fine.col0 + left.fine.width - fine.col0, 0)
+            codes[..., :fresh] = left.codes[..., left.fine.width - fresh :]
+        part = fine.window((0, fine.height), (fresh, fine.width))
+        layers = []
+        for layer, acquisition in enumerate(recipe.acquisitions):
+            scenes = [item for item in acquisition.items if touches(item.assets[recipe.bands[0]], part)]
+            own = codes[layer, :, :, fresh:]
+            if not scenes:
+                own.fill(0)
+            asked = []
+            for item in scenes:
+                array = own if len(scenes) == 1 else np.empty(own.shape, np.uint16)
+                reads = [
+                    self.pool.submit_codes(item.assets[band], part, item.offset_dn, array[number])
+                    for number, band in enumerate(recipe.bands)
+                ]
+                asked.append((item, array, reads))
+            layers.append(asked)
+        return _Block(rows, cols, fine, fresh, codes, layers)
+
+    def _gather(self, strip: _Strip, block: _Block) -> NDArray[np.bool_] | None:
+        """Wait for a sub-block's reads and fuse its scenes; where a read failed, None if nowhere."""
+        failed = np.zeros(block.fine.shape, bool)
+        for item in strip.failed:
+            failed |= extent(item.assets[self.recipe.outline], block.fine)
+        left = strip.offset[1] + block.cols[0] - self.cols[0] + block.fresh
+        for layer, scenes in enumerate(block.layers):
+            good = []
+            for item, array, reads in scenes:
+                self.seen.add(item.id)
+                if self._wait(item, reads) and item not in strip.failed:
+                    good.append((item.id, array))
+                else:
+                    failed |= extent(item.assets[self.recipe.bands[0]], block.fine)
+            own = block.codes[layer, :, :, block.fresh :]
+            if scenes and not good:
+                own.fill(0)
+            elif len(scenes) > 1:
+                own[...] = self._fuse(strip.states[layer], good, (strip.offset[0], left))
+            scenes.clear()
+        return failed if failed.any() else None
+
+    def _wait(self, item: Item, reads: list[Future[Codes]]) -> bool:
+        """Wait for all bands of a scene; False where any failed."""
+        faults: list[Failure] = []
+        for band, future in zip(self.recipe.bands, reads, strict=True):
+            try:
+                future.result()
+            except ReadError as error:
+                faults.append((item.id, band, str(error)))
+        self.failures += faults
+        return not faults
+
+    def _fuse(self, states: dict[str, NDArray[np.uint8]], good: list[tuple[str, Codes]], offset: Span) -> Codes:
+        there = [(array, states[name]) for name, array in good if name in states]
+        if len(there) < 2:  # the others only touch the strip with their bands
+            return there[0][0] if there else good[0][1]
+        arrays, cells = zip(*there, strict=True)
+        return fuse_scenes(arrays, cells, factor=self.recipe.factor, offset=offset)[0]
+
+    def _mask(self, strip: _Strip, block: _Block, failed: NDArray[np.bool_] | None) -> Looks:
+        recipe = self.recipe
+        assert strip.bits is not None
+        dark, nir = temporal_bands(recipe.bands)
+        clear = masks.clear_looks(
+            bits=strip.bits,
+            factor=recipe.factor,
+            offset=(strip.offset[0], strip.offset[1] + block.cols[0] - self.cols[0]),
+            valid=np.minimum.reduce(block.codes, axis=1) != 0,
+            codes=block.codes[:, dark],
+            nir=None if nir is None else block.codes[:, nir],
+            days=recipe.days,
+            temporal_check=recipe.params.temporal_check,
+        )
+        clear[np.array(recipe.rejected, bool)] = False
+        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed)
