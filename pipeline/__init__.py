@@ -5,9 +5,9 @@ The way of the data, one file per step::
     catalog.search     items, normalised, deduplicated, frozen to a file
     region, grid       which pixels: one Grid on a lattice fixed to the CRS, obeyed by every step
     scout              what the whole area decides once: offsets, clear shares, anchors
-    cube.open_cube     a lazy (time, band, y, x) cube, one layer per acquisition
+    lazy.open_cube     a lazy (time, band, y, x) cube, one layer per acquisition
     mask.cloud_mask    cloud and shadow, grown in metres, checked in time
-    block.compose      many looks to one value and where it comes from (composite, regression)
+    lazy.compose       many looks to one value and where it comes from (composite, regression)
     mosaic.build       the same, task by task on a Dask cluster, into a Zarr store
     store.open_mosaic  the finished mosaic as plain xarray
 
@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.catalog import search
     from pipeline.config import load_job
-    from pipeline.cube import open_cube
-    from pipeline.lazy import compose, fill_series
+    from pipeline.lazy import compose, fill_series, grid_for, harmonise, open_cube
     from pipeline.mask import cloud_mask
     from pipeline.mosaic import build
     from pipeline.store import open_mosaic
@@ -31,13 +30,26 @@ _HOMES = {
     "cloud_mask": "pipeline.mask",
     "compose": "pipeline.lazy",
     "fill_series": "pipeline.lazy",
+    "grid_for": "pipeline.lazy",
+    "harmonise": "pipeline.lazy",
     "load_job": "pipeline.config",
-    "open_cube": "pipeline.cube",
+    "open_cube": "pipeline.lazy",
     "open_mosaic": "pipeline.store",
     "search": "pipeline.catalog",
 }
 
-__all__ = ["build", "cloud_mask", "compose", "fill_series", "load_job", "open_cube", "open_mosaic", "search"]
+__all__ = [
+    "build",
+    "cloud_mask",
+    "compose",
+    "fill_series",
+    "grid_for",
+    "harmonise",
+    "load_job",
+    "open_cube",
+    "open_mosaic",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,8 @@ Each block ends in ``block.compose_block``, the same function that a job's task 
 where they see the same ground (``trim_px``: the cube must reach as far around as the method looks).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -12,16 +13,111 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from pipeline import regression
 from pipeline.anchors import AnchorMap
-from pipeline.bands import CODE_MAX, to_codes, to_reflectance
+from pipeline.bands import BANDS, CODE_MAX, to_codes, to_reflectance
 from pipeline.block import NO_SIGMA, check_method, compose_block, halo_px, has_uncertainty
-from pipeline.config import METHODS, Method
+from pipeline.config import METHODS, Area, GridSpec, Method, explain
+from pipeline.cube import open_cube as open_items
 from pipeline.errors import ConfigError
+from pipeline.frozen import SearchResult
+from pipeline.grid import Grid
 from pipeline.items import EPOCH
+from pipeline.loaders import Loader
+from pipeline.mask import apply_rule
+from pipeline.region import region_of
+from pipeline.scout import decide
 
 Blocks = Callable[[NDArray[np.uint16], NDArray[np.bool_], int, int, tuple[slice, slice]], NDArray[Any]]
+
+
+def grid_for(
+    *,
+    found: SearchResult,
+    bbox: tuple[float, float, float, float],
+    crs: str = "utm",
+    resolution_m: float = 10,
+    bands: Sequence[str] = ("red",),
+) -> Grid:
+    """The pixels for an area: the grid that a job would use.
+
+    Args:
+        found: from ``search``; the grid lies on the lattice of most of its items.
+        bbox: (west, south, east, north) degrees; west > east crosses the antimeridian.
+        crs: ``utm`` (zone of the centre) or a projected EPSG code.
+        resolution_m: pixel size in metres.
+        bands: whose rasters give the lattice.
+
+    Raises:
+        ConfigError: for a wrong box or CRS.
+    """
+    try:
+        area, spec = Area(bbox=bbox), GridSpec(crs=crs, resolution_m=resolution_m)
+    except ValidationError as error:
+        raise ConfigError(explain(error, "grid_for")) from error
+    return region_of(area).grid(spec, found.items, bands)
+
+
+def harmonise(*, found: SearchResult, grid: Grid, offset_dn: int | None = None) -> SearchResult:
+    """Decide each item's BOA offset, as a job's scout does. Reads coarse overviews, so it is not lazy.
+
+    Args:
+        found: from ``search``.
+        grid: the area to look at.
+        offset_dn: 0 or -1000 to decide for all items without looking.
+
+    Returns:
+        The same result with ``offset_dn`` and its reason in every item; items that cannot be read are left out and
+        listed.
+
+    Raises:
+        ItemError: where nothing decides. RunError: if no item can be read.
+    """
+    band = min((b for b in found.items[0].assets if b in BANDS), key=lambda name: BANDS[name].wavelength_nm)
+    items, unread = decide(
+        items=found.items, grid=grid, band=band, rule=found.mask, profile=found.profile, override_dn=offset_dn
+    )
+    return replace(found, items=items, dropped=[*found.dropped, *unread.items()])
+
+
+def open_cube(
+    *,
+    found: SearchResult,
+    grid: Grid,
+    bands: Sequence[str],
+    loader: Loader = "stackstac",
+    chunk_px: int = 1024,
+) -> xr.Dataset:
+    """Open the scenes of a search as a lazy cube on exactly the pixels of ``grid``; no pixel is read.
+
+    Args:
+        found: from ``harmonise``: its items have decided offsets.
+        grid: the pixels; open it padded (``grid.padded(n)``) where a method looks around, and trim the composite.
+        bands: band names or ESA's (``B04``).
+        loader: ``stackstac`` or ``odc``: who lays out the graph; the pixels are the same.
+        chunk_px: side of the spatial chunks.
+
+    Returns:
+        Dataset, Dask-backed: ``reflectance (time, band, y, x)`` float32 (NaN = no data), ``valid (time, y, x)`` bool
+        and ``state (time, y, x)`` uint8 (0 no data, 1 clear, 2 cloud, 3 shadow, before growth). One layer per
+        acquisition; see ``pipeline.cube.open_cube``.
+
+    Raises:
+        ItemError: if an item lacks a band, the mask, or its offset (call ``harmonise`` first).
+        ConfigError: for an unknown band or loader.
+    """
+    return open_items(
+        items=found.items,
+        grid=grid,
+        bands=bands,
+        mask=found.mask,
+        classify=apply_rule,
+        profile=found.profile,
+        loader=loader,
+        chunk_px=chunk_px,
+    )
 
 
 def compose(

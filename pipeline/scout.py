@@ -173,6 +173,25 @@ def scout(
     return Scouted(offsets, layers, anchors, unread)
 
 
+def decide(
+    *,
+    items: Sequence[Item],
+    grid: Grid,
+    band: str,
+    rule: MaskRule,
+    profile: Profile,
+    override_dn: int | None = None,
+) -> tuple[list[Item], dict[str, str]]:
+    """Only the offsets: (items with ``offset_dn``, item id -> why it could not be read).
+
+    Raises:
+        ItemError: where nothing decides. RunError: if no item can be read.
+    """
+    coarse, _ = coarse_grid(grid, 0)
+    views, unread = _look(items, coarse, band, rule, profile, None)
+    return Scouted(decide_offsets(views.values(), band, profile, override_dn), (), None, unread).apply(items), unread
+
+
 def _look(
     items: Sequence[Item],
     coarse: Grid,
