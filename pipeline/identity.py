@@ -23,17 +23,27 @@ def wish_of(job: Job) -> dict[str, Any]:
     fields = job_json(job)
     for name in ("name", "output", "cluster", "limits"):
         fields.pop(name)
-    # Paths never matter: of a file only its name counts (the scenes are frozen), of a polygon its content.
-    for name in ("catalog", "profile"):
-        if fields[name] and "://" not in fields[name]:
-            fields[name] = Path(fields[name]).name
+    # A catalog's file may move or grow (the scenes are frozen), not both; of a polygon only the content counts.
+    place = Path(job.catalog)
+    if place.is_file():
+        fields["catalog"] = {"path": str(place.resolve()), "sha256": _sha256(place)}
     if job.area.geojson and job.area.geojson.is_file():
-        fields["area"]["geojson"] = hashlib.sha256(job.area.geojson.read_bytes()).hexdigest()
+        fields["area"]["geojson"] = _sha256(job.area.geojson)
     return {
         **fields,
         "result_version": RESULT_VERSION,
         "layout": stores.LAYOUT_VERSION,
     }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _same_catalog(old: Any, new: Any) -> bool:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return bool(old["path"] == new["path"] or old["sha256"] == new["sha256"])
+    return bool(old == new)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -61,6 +71,8 @@ def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool) -> None:
             )
         return
     new = json.loads(json.dumps(wish_of(job), default=str))
+    if _same_catalog(old["wish"]["catalog"], new["catalog"]):
+        new["catalog"] = old["wish"]["catalog"]
     if old["wish"] == new:
         return
     made = any(mark.get("filled") for slot in run.slots() for mark in run.marks(slot))
