@@ -314,3 +314,7 @@ def main() -> None:
             "cloudgate: interrupted; the same command goes on where it stopped", err=True, fg=typer.colors.YELLOW
         )
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from pipeline.items import Acquisition, group_acquisitions
 from pipeline.mask_models import check_mask_model
 from pipeline.periods import Period, periods
 from pipeline.planning import cut_origin
-from pipeline.profiles import load_profile
+from pipeline.profiles import load_profile, profile_names
 from pipeline.reader import mask_lattice
 from pipeline.recipe import Recipe
 from pipeline.region import Region, region_of
@@ -51,8 +50,7 @@ def resolve(job: Job) -> Request:
     region = region_of(job.area)
     region.crs(job.grid)
     schedule = tuple(periods(job))
-    is_place = "://" in job.catalog or Path(job.catalog).exists()
-    known = load_profile(job.profile or ("generic" if is_place else job.catalog))
+    known = load_profile(job.profile or (job.catalog if job.catalog in profile_names() else "generic"))
     found = search(
         catalog=job.catalog,
         bbox=region.lonlat_bounds(SEARCH_MARGIN_M),
