@@ -19,6 +19,9 @@ _SETTINGS = {
     "distributed.scheduler.work-stealing": False,
 }
 
+ANSWER_S = 20.0
+"""A running scheduler answers within this."""
+
 
 @contextmanager
 def connect(spec: Cluster, *, memory_gb_per_worker: float) -> Iterator[Client]:
@@ -29,7 +32,7 @@ def connect(spec: Cluster, *, memory_gb_per_worker: float) -> Iterator[Client]:
     """
     if spec.kind == "address":
         try:
-            client = Client(spec.address, timeout=20, set_as_default=False)
+            client = Client(spec.address, timeout=ANSWER_S, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             raise RunError(
                 f"cluster.address: no Dask scheduler answers at {spec.address} ({error}); start one with "
