@@ -142,27 +142,34 @@ def _colour(value: float, low: float, high: float) -> tuple[int, int, int]:
 
 
 def _subtitle(mosaic: xr.Dataset, names: Sequence[str]) -> str:
-    about = mosaic.attrs.get("cloudgate", {})
-    periods = list(about.get("periods", {}).values()) if isinstance(about, dict) else []
-    method = periods[-1].get("method", {}).get("name", "") if periods else ""
-    epsg = mosaic.attrs.get("proj:code", "own CRS")
-    shown = " ".join(names)
-    return "  |  ".join(filter(None, (method, f"shown as red, green, blue: {shown}", str(epsg))))
+    target = np.datetime_as_string(mosaic["time"].values, unit="D")
+    periods = mosaic.attrs.get("cloudgate", {}).get("periods", {}).values()
+    about: dict[str, Any] = next((period for period in periods if period.get("target") == target), {})
+    anchors = ", ".join(about.get("anchors", []))
+    parts = (
+        about.get("method", {}).get("name", ""),
+        f"looks {about['start']} to {about['end']}" if "start" in about else "",
+        f"anchors {anchors}" if anchors else "",
+        f"shown as red, green, blue: {' '.join(names)}",
+        str(mosaic.attrs.get("proj:code", "own CRS")),
+    )
+    return "  |  ".join(filter(None, parts))
 
 
 def _source_date_panel(mosaic: xr.Dataset) -> tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]:
+    """The dates the pixels show; the legend names the commonest."""
     dates = mosaic["source_date"].values
     known = ~np.isnat(dates)
     days = np.where(known, dates.astype("datetime64[D]").astype(float), np.nan)
     if not known.any():
         return "source date", _fit(ramp(days, 0, 1)), []
-    low, high = float(np.nanmin(days)), float(np.nanmax(days))
-    ticks = sorted({low, round((low + high) / 2), high})
-    return (
-        "source date",
-        _fit(ramp(days, low, high)),
-        [(day_text(int(t)), _colour(t, low, high)) for t in ticks],
-    )
+    values, counts = np.unique(days[known], return_counts=True)
+    low, high = float(values[0]), float(values[-1])
+    commonest = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)[:6]
+    legend = [
+        (f"{day_text(int(day))} {100 * count / days.size:.1f} %", _colour(day, low, high)) for count, day in commonest
+    ]
+    return "source date", _fit(ramp(days, low, high)), legend
 
 
 def _flags_panel(mosaic: xr.Dataset) -> tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]:
@@ -186,28 +193,29 @@ def _compose(
     extent_m: float,
 ) -> Image.Image:
     columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    cell_w = max(max(p[1].width for p in panels), 260) + MARGIN
-    cell_h = max(p[1].height for p in panels) + 28 + 24 * max(1, math.ceil(max(len(p[2]) for p in panels) / 2)) + MARGIN
-    page = Image.new("RGB", (columns * cell_w + MARGIN, HEADER + rows * cell_h + MARGIN), PAPER)
+    lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    cell_w = max(max(p[1].width for p in panels), 330) + MARGIN
+    heights = [
+        28 + max(p[1].height for p in line) + 24 * max(math.ceil(len(p[2]) / 2) for p in line) + MARGIN
+        for line in lines
+    ]
+    page = Image.new("RGB", (columns * cell_w + MARGIN, HEADER + sum(heights) + MARGIN), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, 12), title, INK, _font(22))
     draw.text((MARGIN, 40), subtitle, FAINT, _font(14))
-    for index, (name, image, legend) in enumerate(panels):
-        x = MARGIN + index % columns * cell_w
-        y = HEADER + index // columns * cell_h
-        draw.text((x, y), name, INK, _font(16))
-        page.paste(image, (x, y + 24))
-        if index == 0:
-            _scale_bar(draw, x + 10, y + 24 + image.height - 16, image.width, extent_m)
-        for i, (text, colour) in enumerate(legend):
-            lx, ly = (
-                x + (i % 2) * (cell_w // 2) if len(legend) > 3 else x + i * (cell_w // 3),
-                y + 30 + image.height,
-            )
-            ly += (i // 2) * 24 if len(legend) > 3 else 0
-            draw.rectangle((lx, ly + 3, lx + 14, ly + 15), fill=colour, outline=FAINT)
-            draw.text((lx + 20, ly), text, INK, _font(13))
+    y = HEADER
+    for line, height in zip(lines, heights, strict=True):
+        for index, (name, image, legend) in enumerate(line):
+            x = MARGIN + index * cell_w
+            draw.text((x, y), name, INK, _font(16))
+            page.paste(image, (x, y + 24))
+            if line is lines[0] and index == 0:
+                _scale_bar(draw, x + 10, y + 24 + image.height - 16, image.width, extent_m)
+            for i, (text, colour) in enumerate(legend):
+                left, top = x + i % 2 * (cell_w // 2), y + 32 + image.height + i // 2 * 24
+                draw.rectangle((left, top + 3, left + 14, top + 15), fill=colour, outline=FAINT)
+                draw.text((left + 20, top), text, INK, _font(13))
+        y += height
     return page
 
 

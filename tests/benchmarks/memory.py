@@ -1,0 +1,94 @@
+"""How much memory does a worker take? Peak resident size of one worker process, for limits of 2, 4 and 8 GB.
+
+    uv run python tests/benchmarks/memory.py CACHE_FOLDER [--methods median,regression] [--looks 60] [--limits 2,4,8]
+
+Scenes are those of the speed benchmark; for 60 dates and 10 bands the same files are used again under other dates and
+band names, which takes as much memory as different ones would. One shard of 2048 px is made in a fresh worker with one
+process; the limit is also the worker's own (a worker above it would be killed). Then 12 against 60 dates for the
+methods that stream.
+"""
+
+import argparse
+import resource
+import tempfile
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+from speed import request_of
+from speed_data import speed_scenes
+
+from pipeline.bands import BANDS
+from pipeline.cluster import connect
+from pipeline.config import Cluster
+from pipeline.items import Item
+from pipeline.mosaic import Silent, _run_tasks
+from pipeline.planning import peak_bytes, plan_tasks
+from pipeline.records import RunFolder
+from pipeline.request import Request, acquisitions_of, recipe_of, survey
+
+TEN = tuple(name for name, band in BANDS.items() if band.resolution_m < 60)
+
+
+def many(request: Request, looks: int, bands: tuple[str, ...]) -> Request:
+    """The request with so many looks, one a day, and these bands, from the same files."""
+    four = ("blue", "green", "red", "nir")
+    items = []
+    for number in range(looks):
+        source = request.found.items[number % len(request.found.items)]
+        when = request.found.items[0].when + timedelta(days=number)
+        assets = {**source.assets, **{name: source.assets[four[i % 4]] for i, name in enumerate(bands)}}
+        items.append(_renamed(source, f"{number:03d}", when.strftime("%Y-%m-%dT%H:%M:%SZ"), assets))
+    job = request.job.model_copy(update={"bands": bands})
+    return replace(request, job=job, found=replace(request.found, items=items))
+
+
+def _renamed(item: Item, name: str, when: str, assets: dict) -> Item:
+    return replace(item, id=name, datetime=when, assets=assets)
+
+
+def peak_gb(request: Request, limit_gb: float) -> tuple[float, float]:
+    """(planned, measured) peak of one worker in GB over the first task."""
+    job = request.job.model_copy(
+        update={"limits": request.job.limits.model_copy(update={"memory_gb_per_worker": limit_gb})}
+    )
+    period = request.schedule[0]
+    acquisitions = acquisitions_of(request, period)
+    period = replace(period, target=acquisitions[len(acquisitions) // 2].day)
+    recipe = recipe_of(request, period, acquisitions, survey(request, period, acquisitions))
+    recipe, tasks = plan_tasks(recipe, job)
+    shape = (tasks[0].rows[1] - tasks[0].rows[0], tasks[0].cols[1] - tasks[0].cols[0])
+    planned = peak_bytes(recipe, recipe.cut_px, shape)
+    with tempfile.TemporaryDirectory() as folder, connect(Cluster(workers=1), memory_gb_per_worker=limit_gb) as client:
+        store = Path(folder) / "a.zarr"
+        _run_tasks(recipe, tasks[:1], store, 0, RunFolder(store), client, Silent())
+        (peak,) = client.run(lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).values()
+    return planned / 1e9, peak * 1024 / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--methods", default="median,regression")
+    parser.add_argument("--looks", type=int, default=60)
+    parser.add_argument("--limits", default="2,4,8")
+    parser.add_argument("--streaming", default="linear,mean")
+    given = parser.parse_args()
+    items = speed_scenes(given.cache)
+    print("| method | dates x bands | limit (GB) | planned (GB) | measured peak (GB) |\n|---|---|---|---|---|")
+    for method in given.methods.split(","):
+        for bands in (("blue", "green", "red", "nir"), TEN):
+            request = many(request_of(items, method, shifted=False), given.looks, bands)
+            for limit in (float(text) for text in given.limits.split(",")):
+                planned, peak = peak_gb(request, limit)
+                print(
+                    f"| {method} | {given.looks} x {len(bands)} | {limit:g} | {planned:.2f} | {peak:.2f} |", flush=True
+                )
+    for method in filter(None, given.streaming.split(",")):
+        four = ("blue", "green", "red", "nir")
+        few, most = (peak_gb(many(request_of(items, method, shifted=False), n, four), 4)[1] for n in (12, 60))
+        print(f"{method}: 12 dates {few:.2f} GB, 60 dates {most:.2f} GB, ratio {most / few:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
