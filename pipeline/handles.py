@@ -118,6 +118,11 @@ class Handles:
         self._next = 0
         self._pid = os.getpid()
 
+    def keep_at_most(self, limit: int) -> None:
+        """Keep at most so many open; a dataset holds one decoded block of its file (2 MB for 1024 px of uint16)."""
+        with self._lock:
+            self._limit = limit
+
     def take(self, href: str, level: int | None) -> tuple[str, DatasetReader] | None:
         """The signed address and an open dataset that nobody else holds, None if there is none."""
         with self._lock:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from distributed import as_completed
+from distributed.client import FutureCancelledError
+from distributed.scheduler import KilledWorker
 
 from pipeline import store as stores
 from pipeline.bands import rgb_bands
@@ -27,6 +29,7 @@ from pipeline.errors import (
     NoItemsError,
     NothingClearError,
     ReadError,
+    RunError,
     StoreMismatchError,
     TooManyFailuresError,
 )
@@ -260,7 +263,8 @@ def _run_tasks(
     if not tasks:
         return
     workers = len(client.scheduler_info(n_workers=-1)["workers"])
-    shared = client.scatter(recipe, broadcast=True, hash=False)
+    # A task of its own, so that the scheduler can make it again when the worker that holds it dies.
+    shared = client.submit(_same, recipe, pure=False)
     queue = iter(tasks)
 
     def submit(task: Task) -> Any:
@@ -277,13 +281,34 @@ def _run_tasks(
 
     flight = as_completed([submit(task) for _, task in zip(range(2 * workers), queue, strict=False)], loop=client.loop)
     for future in flight:
-        report: Report = future.result()
+        report = _result(future)
         for number, shard in enumerate(report.task.shards):
             run.mark(slot, shard, _facts(report) if number == 0 else {})
         progress.step(len(report.task.shards), megabytes=report.bytes_read / 1e6)
         following = next(queue, None)
         if following is not None:
             flight.add(submit(following))
+
+
+def _same(recipe: Recipe) -> Recipe:
+    return recipe
+
+
+def _result(future: Any) -> Report:
+    """The report of a finished task.
+
+    Raises:
+        RunError: if the workers that held it died; what a task itself raises comes as it is.
+    """
+    try:
+        report: Report = future.result()
+    except (KilledWorker, FutureCancelledError) as error:
+        raise RunError(
+            f"a task's workers died ({type(error).__name__}), most likely for want of memory; raise "
+            "limits.memory_gb_per_worker, or lower cluster.workers or grid.shard_px, then run the same command again: it "
+            "goes on after the last finished shard"
+        ) from error
+    return report
 
 
 def _facts(report: Report) -> dict[str, Any]:

@@ -25,6 +25,10 @@ WORKER_BASE_BYTES: Final = 420e6
 """Resident size of a worker with all libraries loaded, before any pixel (measured 300 to 400 MB)."""
 USABLE: Final = 0.85
 """Part of the limit that the plan fills; the rest is for the allocator and GDAL's cache."""
+OPEN_FILE_BYTES: Final = 2.6e6
+"""An open file holds a decoded block of 1024 x 1024 px of uint16 and its index."""
+OPEN_SHARE: Final = 0.1
+"""Part of the limit that files kept open between reads may take."""
 TASK_PX: Final = 2048
 """Shards smaller than this are taken together into one task of about this side."""
 WIDEST: Final = 4
@@ -77,9 +81,16 @@ def task_bytes(recipe: Recipe, rows: int, cols: int) -> float:
     return float(rows * cols * per_pixel)
 
 
+def open_files(limit_gb: float) -> int:
+    """How many files a worker keeps open between reads: opening again is cheap beside running out of memory."""
+    return int(min(max(limit_gb * 1e9 * OPEN_SHARE / OPEN_FILE_BYTES, 32), 400))
+
+
 def peak_bytes(recipe: Recipe, cut_px: tuple[int, int], shape: tuple[int, int]) -> float:
     """Peak resident bytes of a worker with tasks of ``shape`` (rows, columns)."""
-    return WORKER_BASE_BYTES + block_bytes(recipe, cut_px, shape[1]) + task_bytes(recipe, *shape)
+    scenes = sum(len(acquisition.items) for acquisition in recipe.acquisitions)
+    files = min(recipe.open_files, scenes * (len(recipe.bands) + 1)) * OPEN_FILE_BYTES
+    return WORKER_BASE_BYTES + files + block_bytes(recipe, cut_px, shape[1]) + task_bytes(recipe, *shape)
 
 
 def choose_cut(recipe: Recipe, shape: tuple[int, int], limit_gb: float) -> tuple[int, int] | None:
@@ -97,6 +108,7 @@ def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], tuple[int, int]]:
         ConfigError: if the limit cannot hold any sub-block.
     """
     grid, limit = recipe.grid, job.limits.memory_gb_per_worker
+    recipe = replace(recipe, open_files=open_files(limit))
     rows, cols = (math.ceil(size / grid.shard_px) for size in grid.shape)
     group = max(1, TASK_PX // grid.shard_px)
     best = None
@@ -132,7 +144,7 @@ def plan_tasks(recipe: Recipe, job: Job, done: Collection[tuple[int, int]] = ())
     shards, cut = layout(recipe, job)
     finished = set(done)
     tasks = [task for task in all_tasks(recipe.grid, shards) if not finished.issuperset(task.shards)]
-    return replace(recipe, cut_px=cut), tasks
+    return replace(recipe, cut_px=cut, open_files=open_files(job.limits.memory_gb_per_worker)), tasks
 
 
 def all_tasks(grid: Grid, group: tuple[int, int]) -> list[Task]:

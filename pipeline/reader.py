@@ -60,6 +60,7 @@ __all__ = [
     "fuse_scenes",
     "fuse_states",
     "gdal_settings",
+    "keep_open",
     "mask_lattice",
     "read_coarse",
     "read_codes",
@@ -253,6 +254,11 @@ def _absent(asset: Asset, grid: Grid, kind: Kind) -> NDArray[Any]:
         if _fill(np.dtype(dtype), nodata) == nodata:
             return np.full(grid.shape, nodata, dtype)
     return np.full(grid.shape, nodata, np.float32)
+
+
+def keep_open(files: int) -> None:
+    """How many datasets this process keeps open between reads."""
+    HANDLES.keep_at_most(files)
 
 
 def close_handles() -> None:

@@ -37,6 +37,7 @@ class Recipe:
         cut_px: (rows, columns) of a sub-block.
         origin: (row, col) on the lattice where the source files begin, so that sub-blocks fall on their blocks.
         threads: reads in flight.
+        open_files: datasets a worker keeps open between reads.
         mask_model: cloud detector to use instead of a raster, None for the raster.
     """
 
@@ -56,6 +57,7 @@ class Recipe:
     cut_px: tuple[int, int]
     origin: tuple[int, int]
     threads: int
+    open_files: int = 64
     mask_model: str | None = None
 
     @cached_property

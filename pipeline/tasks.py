@@ -18,7 +18,7 @@ from pipeline import store
 from pipeline.block import NO_SIGMA, OUTSIDE, Layers, compose_block, has_uncertainty
 from pipeline.errors import ReadError
 from pipeline.looks import Looks, LookStream, release_arrays
-from pipeline.reader import ReadPool
+from pipeline.reader import ReadPool, keep_open
 from pipeline.recipe import Recipe
 
 _NO_BOUND: Final = 1_000_000
@@ -59,6 +59,7 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int) -> Report:
     began = time.perf_counter()
     report = Report(task)
     layers: dict[str, NDArray[Any]] = {}
+    keep_open(recipe.open_files)
     with _settings(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
         stream = LookStream(recipe, task.rows, task.cols, pool)
         for looks in stream:
