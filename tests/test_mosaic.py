@@ -19,7 +19,7 @@ from small_region import (
     same_objects,
 )
 
-from pipeline import mosaic
+from pipeline import mosaic, planning
 from pipeline.bands import to_reflectance
 from pipeline.errors import NoItemsError, NothingClearError, StoreMismatchError
 from pipeline.grid import Grid
@@ -35,10 +35,16 @@ from pipeline.tasks import Report, compose_window
 LAYERS = {"blue", "green", "red", "nir", "clear_count", "source_date", "flags"}
 
 
+def one_shard(monkeypatch):
+    """Plan tasks of one shard; the sub-block is what it would be."""
+    chosen = planning.layout
+    monkeypatch.setattr(planning, "layout", lambda recipe, job: ((1, 1), chosen(recipe, job)[1]))
+
+
 @pytest.fixture
 def small_tasks(monkeypatch):
     """One shard a task, so that even a small area is many tasks."""
-    monkeypatch.setattr("pipeline.planning.TASK_PX", 128)
+    one_shard(monkeypatch)
 
 
 def _part(small: SmallRegion, **changes):
@@ -70,7 +76,7 @@ def test_order_of_tasks_and_number_of_workers_do_not_change_a_byte(small, tmp_pa
 def test_worker_processes_give_the_bytes_of_this_process(small, tmp_path, monkeypatch, small_tasks, client):
     build(job=small.job(tmp_path / "here.zarr", **_part(small)), client=InlineClient(monkeypatch))
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.planning.TASK_PX", 128)
+    one_shard(monkeypatch)
     for count in (1, 2):
         store = tmp_path / f"{count}.zarr"
         build(job=small.job(store, **_part(small)), client=SomeWorkers(client, count))
@@ -78,8 +84,7 @@ def test_worker_processes_give_the_bytes_of_this_process(small, tmp_path, monkey
 
 
 @pytest.mark.parametrize("method", ["median", "regression"])
-def test_shards_of_512_and_2048_hold_the_same_pixels(small, tmp_path, monkeypatch, method):
-    monkeypatch.setattr("pipeline.planning.TASK_PX", 512)
+def test_shards_of_512_and_2048_hold_the_same_pixels(small, tmp_path, monkeypatch, small_tasks, method):
     for side in (512, 2048):
         job = small.job(
             tmp_path / f"{side}.zarr", grid={"crs": "EPSG:32633", "shard_px": side}, method={"name": method}
@@ -170,12 +175,16 @@ def test_a_restart_whose_search_fails_keeps_the_old_store(small, tmp_path, monke
 
 
 def test_a_moved_folder_is_still_the_same_request(small, tmp_path, monkeypatch):
-    """Paths never matter: the frozen scenes decide."""
+    """Paths never matter: the frozen scenes decide. Another catalog in another place is another request."""
     store = tmp_path / "store.zarr"
     build(job=small.job(store, **_part(small)), client=InlineClient(monkeypatch))
-    moved = small.changed_items(tmp_path / small.items.name, lambda features: features)
+    moved = tmp_path / "moved.json"
+    moved.write_bytes(small.items.read_bytes())
     again = small.job(store, **_part(small, catalog=str(moved)))
     assert build(job=again, client=InlineClient(monkeypatch)).periods[0]["message"] == "finished before"
+    other = small.changed_items(tmp_path / "other.json", lambda features: features[1:])
+    with pytest.raises(StoreMismatchError, match="catalog: "):
+        build(job=small.job(store, **_part(small, catalog=str(other))), client=InlineClient(monkeypatch))
 
 
 def test_another_polygon_under_the_same_path_is_another_request(small, tmp_path, monkeypatch):
@@ -334,7 +343,7 @@ def test_a_plan_says_what_the_run_then_does_and_writes_nothing(small, tmp_path, 
 def test_ten_thousand_tasks_are_never_in_flight_at_once(small, tmp_path, monkeypatch):
     request = resolve(small.job(tmp_path / "huge.zarr"))
     huge = Grid(request.grid.crs, 10.0, (0.0, 0.0), request.grid.row0, request.grid.col0, 100 * 2048, 100 * 2048)
-    tasks = all_tasks(huge, 1)
+    tasks = all_tasks(huge, (1, 1))
     assert len(tasks) == 10_000
     assert sum((t.rows[1] - t.rows[0]) * (t.cols[1] - t.cols[0]) for t in tasks) == huge.height * huge.width
     assert len({shard for t in tasks for shard in t.shards}) == 10_000

@@ -1,0 +1,190 @@
+"""The scout: offsets against contradicting metadata, whole scenes that fail, anchors; frozen once."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_region import InlineClient, recipe
+
+from pipeline import codes
+from pipeline.errors import ItemError
+from pipeline.items import Asset, Item
+from pipeline.mosaic import build
+from pipeline.profiles import load_profile
+from pipeline.records import RunFolder
+from pipeline.scout import Scouted, _View, decide_offsets
+from pipeline.store import open_mosaic
+from pipeline.tasks import compose_window
+
+
+def _view(
+    name="A", *, baseline=None, flag=None, offset=None, level=300.0, clear=True, snow=False, tile="33TWL", seed=0
+) -> _View:
+    """A coarse scene whose darkest band is around ``level`` DN, with bright ground and dark corners."""
+    rng = np.random.default_rng(seed)
+    ground = rng.gamma(4.0, 120.0, (40, 40)) + level
+    asset = Asset("blue.tif", "EPSG:32633", (40, 40), (10, 0, 0, 0, -10, 0), offset=offset)
+    item = Item(
+        name,
+        "2023-08-15T10:00:00Z",
+        "c",
+        None,
+        tile,
+        None,
+        None,
+        baseline,
+        flag,
+        None,
+        None,
+        (0, 0, 1, 1),
+        {},
+        {"blue": asset},
+    )
+    classes = np.full((40, 40), 11 if snow else 4, np.uint8)
+    state = np.full((40, 40), codes.CLEAR if clear else codes.CLOUD, np.uint8)
+    return _View(item, classes, state, np.rint(ground).astype(np.uint16))
+
+
+def _decided(view, profile, **more):
+    return decide_offsets([view], "blue", load_profile(profile), **more)[view.item.id]
+
+
+@pytest.mark.parametrize(
+    ("profile", "facts", "offset", "why"),
+    [
+        # Earth Search: the flag counts where it is true, else the pixels are looked at
+        ("earth-search", {"baseline": "05.00", "flag": True, "offset": -0.1}, 0, "flag earthsearch:boa_offset_applied"),
+        ("earth-search", {"baseline": "05.00", "flag": False, "level": 1100.0}, -1000, "first percentile"),
+        ("earth-search", {"baseline": "05.00", "flag": False, "level": 100.0, "offset": -0.1}, 0, "below 900"),
+        ("earth-search", {"baseline": "03.01", "flag": False, "level": 1100.0}, 0, "before 04.00"),
+        ("earth-search", {"baseline": "05.00", "flag": None, "level": 1100.0}, -1000, "first percentile"),
+        # Planetary Computer says nothing: baseline, then the pixels
+        ("planetary-computer", {"baseline": "05.09", "level": 1100.0}, -1000, "baseline 05.09"),
+        ("planetary-computer", {"baseline": "05.09", "level": 100.0}, 0, "below 900"),
+        ("planetary-computer", {"baseline": "02.12", "level": 100.0}, 0, "baseline 02.12 is before 04.00"),
+        # CDSE states an offset per asset
+        ("cdse", {"baseline": "05.11", "offset": -0.1, "level": 100.0}, -1000, "offset in the metadata"),
+        # a policy of none is never argued with
+        ("hls", {"baseline": None, "level": 1100.0}, 0, "carries no offset"),
+    ],
+)  # fmt: skip
+def test_the_order_of_what_decides(profile, facts, offset, why):
+    decided = _decided(_view(**facts), profile)
+    assert decided[0] == offset
+    assert why in decided[1]
+
+
+def test_only_clear_ground_without_snow_is_looked_at():
+    """Cloud and snow have no dark pixels: they would feign an offset."""
+    for facts in ({"clear": False}, {"snow": True}):
+        with pytest.raises(ItemError, match="only 0 clear snow-free cells"):
+            _decided(_view(baseline="05.09", level=4000.0, **facts), "planetary-computer")
+
+
+def test_the_tile_s_other_dates_decide_where_one_cannot():
+    clouded = _view("clouded", baseline="05.09", clear=False)
+    for level, offset in ((1100.0, -1000), (100.0, 0)):
+        others = [_view(f"other{i}", baseline="05.09", level=level, seed=i) for i in range(3)]
+        decided = decide_offsets([clouded, *others], "blue", load_profile("planetary-computer"))
+        assert decided["clouded"][0] == offset
+        assert "as the 3 other dates of tile 33TWL" in decided["clouded"][1]
+    elsewhere = [_view("far", baseline="05.09", level=1100.0, tile="33TWM")]
+    disagree = [_view("one", baseline="05.09", level=1100.0), _view("two", baseline="05.09", level=100.0)]
+    for others in (elsewhere, disagree):
+        with pytest.raises(ItemError, match=r"item clouded: .* set offset_dn: 0 or offset_dn: -1000"):
+            decide_offsets([clouded, *others], "blue", load_profile("planetary-computer"))
+
+
+def test_the_job_s_override_beats_all():
+    view = _view(baseline="05.00", flag=True, clear=False)
+    assert _decided(view, "earth-search", override_dn=-1000) == (-1000, "override of the job")
+
+
+def test_the_region_s_contradicting_flags(small):
+    """False flag and +1000 inside; false flag and already shifted; old baselines; true flags."""
+    _, seen, _ = recipe(small.job())
+    told = {f["id"]: f["properties"] for f in json.loads(small.items.read_text())["features"]}
+    assert len(seen.offsets) == 32
+    for name, (offset, why) in seen.offsets.items():
+        assert offset == (-1000 if "_20210629_1" in name else 0), (name, why)
+    pair = [name for name in seen.offsets if "_20210629_1" in name or "_20210714_1" in name]
+    assert len(pair) == 4
+    assert {told[name]["earthsearch:boa_offset_applied"] for name in pair} == {False}
+    assert all("percentile" in seen.offsets[name][1] for name in pair)
+
+
+def test_dark_water_stays_valid(small):
+    """DN of a few tens are water, not missing data, on both sides of the offset."""
+    _, _, asked = recipe(small.job(method={"name": "nearest"}))
+    block = compose_window(asked, (0, asked.grid.height), (0, asked.grid.width))
+    nir = block.codes[3]
+    dark = (nir != 0) & (nir < 1250)
+    assert dark.sum() > 200
+    assert (block.codes[:, dark] != 0).all()
+
+
+def test_the_white_scene_fails_as_a_whole_and_is_no_anchor(small):
+    _, seen, _ = recipe(small.job(method={"name": "linear"}, target="2021-07-09"))
+    white = [layer for layer in seen.layers if layer.id.startswith("2021-07-09")]
+    assert [layer.fails for layer in white] == [True]
+    assert white[0].suspicious_share > 0.9
+    assert seen.anchors is not None
+    assert all(not seen.layers[i].fails for i in seen.anchors.layers if i >= 0)
+    clear = {layer.id[:10]: layer.clear_share for layer in seen.layers}
+    assert clear["2021-08-08"] > 0.7
+    assert clear["2021-06-24"] < 0.2
+
+
+def test_swaths_have_anchors_of_their_own(small):
+    _, seen, _ = recipe(small.job(method={"name": "regression", "blend_m": 500}))
+    assert seen.anchors is not None
+    shown = [seen.layers[i].id for i in seen.anchors.layers if i >= 0]
+    assert shown[0] == "2021-07-11_sentinel-2b_R079"
+    assert any(name.endswith("_R122") for name in shown)
+    np.testing.assert_allclose(seen.anchors.weights.sum(axis=0), 1, atol=1e-5)
+    _, median, _ = recipe(small.job(method={"name": "median"}))
+    assert median.anchors is None
+
+
+def test_the_record_is_what_every_task_obeys(small, tmp_path, monkeypatch):
+    """Frozen, read back, obeyed: an offset changed in the record changes the pixels."""
+    part = {"area": {"bbox": small.bbox((200, 300), (200, 300))}, "grid": {"crs": "EPSG:32633", "shard_px": 128}}
+    store = tmp_path / "store.zarr"
+    build(job=small.job(store, **part), client=InlineClient(monkeypatch))
+    first = open_mosaic(store=store)["red"].values
+    run = RunFolder(store)
+    record = run.read("period-0000", "scout.json")
+    assert Scouted.from_dict(json.loads(json.dumps(record))).to_dict() == record
+    again = tmp_path / "again.zarr"
+    changed = replace(Scouted.from_dict(record), offsets=dict.fromkeys(record["offsets"], (0, "changed by hand")))
+    RunFolder(again).write(changed.to_dict(), "period-0000", "scout.json")
+    build(job=small.job(again, **part), client=InlineClient(monkeypatch))
+    assert (open_mosaic(store=again)["red"].values != first).any()
+
+
+def test_an_undecidable_offset_asks_and_then_obeys(small, tmp_path, monkeypatch):
+    """The question writes nothing; the job with its answer goes through, in the same place."""
+    part = {
+        "area": {"bbox": small.bbox((200, 300), (200, 300))},
+        "grid": {"crs": "EPSG:32633", "shard_px": 128},
+        "time": {"start": "2021-06-29", "end": "2021-07-04"},
+        "target": "2021-06-30",
+    }
+
+    def clouded(features):
+        chosen = [f for f in features if "20210629" in f["id"] or "20210704" in f["id"]]
+        assert len(chosen) == 4
+        return chosen
+
+    items = small.changed_items(tmp_path / "items.json", clouded)
+    rule = {"asset": "scl", "cloud": list(range(1, 12)), "cloud_grow_m": 0, "open_m": 0}
+    store = tmp_path / "store.zarr"
+    fields = part | {"catalog": str(items), "mask": rule}
+    with pytest.raises(ItemError, match=r"item S2A_33TW[LM]_20210629_1_L2A: .* set offset_dn: 0 or offset_dn: -1000"):
+        build(job=small.job(store, **fields), client=InlineClient(monkeypatch))
+    assert not store.exists()
+    answered = fields | {"offset_dn": -1000, "mask": {"source": "scl"}}
+    build(job=small.job(store, **answered), client=InlineClient(monkeypatch))
+    record = RunFolder(store).read("period-0000", "scout.json")
+    assert {tuple(value) for value in record["offsets"].values()} == {(-1000, "override of the job")}

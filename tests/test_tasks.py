@@ -1,0 +1,156 @@
+"""One task: what is written is what is composed, however it is cut; failed reads are flagged, never hidden."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from small_region import HEIGHT, WIDTH, layers_equal, recipe
+
+from pipeline.block import NO_DATA, OUTSIDE, READ_FAILED
+from pipeline.errors import ReadError
+from pipeline.grid import Grid
+from pipeline.periods import Period
+from pipeline.planning import plan_tasks
+from pipeline.store import publish
+from pipeline.tasks import Task, compose_window, run_task
+
+METHODS = ("median", "linear", "regression")
+
+
+@pytest.fixture(scope="module")
+def whole(small):
+    """Per method: job, scout's record, recipe and the whole area composed at once."""
+    made = {}
+    for name in METHODS:
+        job = small.job(method={"name": name})
+        _, seen, asked = recipe(job)
+        made[name] = job, seen, asked, compose_window(asked, (0, asked.grid.height), (0, asked.grid.width))
+    return made
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_part_of_the_area_has_the_bytes_of_the_whole(small, whole, name):
+    """Given the same anchors: another area, with its own search and grid, and windows of the same grid."""
+    _, seen, asked, all_of_it = whole[name]
+    job = small.job(method={"name": name}, area={"bbox": small.bbox((170, 437), (101, 388))})
+    _, own, part = recipe(job, seen)
+    assert own is seen
+    assert part.grid.shape < asked.grid.shape
+    top, left = part.grid.row0 - asked.grid.row0, part.grid.col0 - asked.grid.col0
+    assert min(top, left) > 50
+    there = slice(top, top + part.grid.height), slice(left, left + part.grid.width)
+    layers_equal(all_of_it, compose_window(part, (0, part.grid.height), (0, part.grid.width)), *there)
+    corner = compose_window(asked, (asked.grid.height - 65, asked.grid.height), (3, 90))
+    layers_equal(all_of_it, corner, slice(-65, None), slice(3, 90))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_task_writes_is_what_is_composed(whole, tmp_path, name):
+    """Streamed in sub-blocks under a small memory, in three tasks, into 256 px shards."""
+    job, _, asked, all_of_it = whole[name]
+    asked = replace(asked, grid=replace(asked.grid, shard_px=256))
+    height, width = asked.grid.shape
+    for rows, cols in (((0, 256), (0, width)), ((256, height), (0, 512)), ((256, height), (512, width))):
+        shards = tuple((r // 256, c // 256) for r in range(rows[0], rows[1], 256) for c in range(cols[0], cols[1], 256))
+        report = run_task(asked, Task(rows, cols, shards), str(tmp_path / "m.zarr"), 0)
+        assert report.filled + report.unfilled == (rows[1] - rows[0]) * (cols[1] - cols[0])
+        assert report.reads > 0
+        assert report.bytes_read > 1000
+        assert not report.failures
+    days = Period(0, 18789, 18847, 18789, asked.target)
+    uncertain = name == "regression"
+    publish(
+        tmp_path / "m.zarr", asked.grid, job.bands, uncertainty=uncertain, schedule=[days], published=[True], attrs={}
+    )
+    store = zarr.open_group(str(tmp_path / "m.zarr"), path="0", mode="r")
+    for number, band in enumerate(job.bands):
+        np.testing.assert_array_equal(store[band][0], all_of_it.codes[number])
+        if uncertain:
+            np.testing.assert_array_equal(store[f"uncertainty_{band}"][0], all_of_it.sigma[number])
+    for layer in ("clear_count", "source_date", "flags"):
+        np.testing.assert_array_equal(store[layer][0], getattr(all_of_it, layer))
+
+
+def test_the_tasks_of_a_plan_cover_the_grid_once_and_skip_what_is_done(whole):
+    job, _, asked, _ = whole["median"]
+    asked = replace(asked, grid=replace(asked.grid, shard_px=128))
+    _, tasks = plan_tasks(asked, job)
+    covered = np.zeros(asked.grid.shape, int)
+    for task in tasks:
+        covered[slice(*task.rows), slice(*task.cols)] += 1
+    assert (covered == 1).all()
+    every = {shard for task in tasks for shard in task.shards}
+    assert every == set(asked.grid.shards())
+    assert plan_tasks(asked, job, done=every)[1] == []
+    _, left = plan_tasks(asked, job, done=every - {(4, 2)})
+    assert [shard for task in left for shard in task.shards if shard == (4, 2)] == [(4, 2)]
+
+
+def test_a_read_that_fails_is_flagged_and_reported(small, whole, tmp_path):
+    """One file cut in half: the look is gone where it lay, the rest is as before."""
+    name = "2021/6/S2A_33TWL_20210619_0_L2A"
+    broken = {}
+
+    def cut_short(features):
+        for feature in features:
+            if feature["id"] in name:
+                source, target = Path(feature["assets"]["red"]["href"]), tmp_path / "B04.tif"
+                target.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+                feature["assets"]["red"]["href"] = str(target)
+                broken.update(feature)
+        return features
+
+    job = small.job(catalog=str(small.changed_items(tmp_path / "items.json", cut_short)))
+    _, seen, _, all_of_it = whole["median"]
+    _, _, asked = recipe(job, seen)
+    assert broken
+    with pytest.raises(ReadError, match=r"reads failed, the first: S2A_33TWL_20210619_0_L2A red: .*B04\.tif"):
+        compose_window(asked, (0, asked.grid.height), (0, asked.grid.width))
+    report = run_task(
+        asked, Task((0, asked.grid.height), (0, asked.grid.width), ((0, 0),)), str(tmp_path / "m.zarr"), 0
+    )
+    assert {(item, band) for item, band, _ in report.failures} == {("S2A_33TWL_20210619_0_L2A", "red")}
+    publish(
+        tmp_path / "m.zarr",
+        asked.grid,
+        job.bands,
+        uncertainty=False,
+        schedule=[Period(0, 18789, 18847, 18789, asked.target)],
+        published=[True],
+        attrs={},
+    )
+    store = zarr.open_group(str(tmp_path / "m.zarr"), path="0", mode="r")
+    failed = (store["flags"][0] & READ_FAILED) > 0
+    south = np.arange(asked.grid.height) + asked.grid.row0 - small.grid.row0 >= 240  # where 33TWL lies
+    assert failed.any()
+    assert not failed[~south].any()
+    counts, before = store["clear_count"][0].astype(int), all_of_it.clear_count.astype(int)
+    # one look less; the temporal check, which compares dates, may judge a few others anew
+    assert (counts[failed] <= before[failed]).mean() > 0.99
+    assert (counts[failed] < before[failed]).mean() > 0.5
+    same = ~failed & (counts == before)
+    assert same[~south].mean() > 0.99
+    np.testing.assert_array_equal(store["red"][0][same], all_of_it.codes[2][same])
+
+
+def test_outside_a_polygon_is_no_data_and_says_so(small, tmp_path):
+    west, south, east, north = small.bbox((200, 400), (100, 400))
+    ring = [[west, south], [east, south], [west, north], [west, south]]
+    (tmp_path / "area.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    _, _, asked = recipe(small.job(area={"geojson": str(tmp_path / "area.geojson")}, method={"name": "regression"}))
+    block = compose_window(asked, (0, asked.grid.height), (0, asked.grid.width))
+    outside = (block.flags & OUTSIDE) > 0
+    assert 0.45 < outside.mean() < 0.55
+    assert outside[20, -20]
+    assert not outside[-20, 20]
+    assert (block.flags[outside] == OUTSIDE | NO_DATA).all()
+    assert not block.codes[:, outside].any()
+    assert (block.sigma[:, outside] == 65535).all()
+    assert (block.codes[:, ~outside] != 0).mean() > 0.9
+
+
+def test_the_fixture_is_what_these_tests_think(small):
+    assert small.grid == Grid("EPSG:32633", 10.0, (0.0, 0.0), -510240, 49998, HEIGHT, WIDTH)
