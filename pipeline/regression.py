@@ -18,7 +18,7 @@ from scipy import ndimage
 from pipeline.errors import ConfigError
 from pipeline.regression_fit import one_blas_thread
 from pipeline.regression_lattice import GRID_PX, HALO_PX, RegressionOptions, plan
-from pipeline.regression_windows import Bool, Float32, Group, Int32, UInt16
+from pipeline.regression_windows import Bool, Float32, Group, Int32, UInt16, Windows
 
 __all__ = ["HALO_PX", "Filled", "RegressionOptions", "fill_acquisition", "fill_series"]
 
@@ -93,8 +93,9 @@ def fill_acquisition(
     if n_times > 1 and lattice.nodes:
         growth = _growth(clear[anchor], row0, col0)
         with one_blas_thread():
+            windows = Windows(clear, days, anchor, lattice, options)
             for bands in _groups(n_bands):
-                part = Group(codes[:, bands], clear, days, anchor, lattice, options)
+                part = Group(codes[:, bands], windows, options)
                 part.write(out[bands], sigma[bands], model, gap, growth)
     return Filled(out, sigma, source_date, model)
 
@@ -126,9 +127,7 @@ def fill_series(
     """
     filled = np.empty_like(codes)
     for t, day in enumerate(days):
-        used = (
-            np.arange(len(days)) if window_days is None else np.flatnonzero(np.abs(days - day) <= window_days)
-        )
+        used = np.arange(len(days)) if window_days is None else np.flatnonzero(np.abs(days - day) <= window_days)
         filled[t] = fill_acquisition(
             codes=codes[used],
             clear=clear[used],
@@ -145,9 +144,7 @@ def _check(codes: UInt16, clear: Bool, days: Int32, anchor: int) -> None:
     if codes.ndim != 4 or codes.dtype != np.uint16:
         raise ConfigError(f"codes are {codes.dtype} of shape {codes.shape}: pass uint16 (time, band, y, x)")
     if clear.shape != codes.shape[:1] + codes.shape[2:] or clear.dtype != np.bool_:
-        raise ConfigError(
-            f"clear is {clear.dtype} of shape {clear.shape}: pass bool (time, y, x) as the codes have it"
-        )
+        raise ConfigError(f"clear is {clear.dtype} of shape {clear.shape}: pass bool (time, y, x) as the codes have it")
     if days.shape != codes.shape[:1] or (np.diff(days) < 0).any():
         raise ConfigError(f"days {days.tolist()}: pass one day an acquisition, ascending")
     if not 0 <= anchor < len(days):

@@ -25,11 +25,14 @@ TRUST_PX = 300.0  # held-out pixels at which the share of the fit that they supp
 CLOSED_NOISE = 2.0  # error variance of a feature closed in time, in units of the linear method's own
 HUBER_K = 1.5  # a cell counts in full until its error is this many times the window's median
 REWEIGHT_ROUNDS = 2
+ANCHOR = -1  # its place among the looks, of which it is none
+FAR_DAYS = np.float32(1e30)  # no look on this side
 FOLDS = 4  # held-out patches: every fourth cell, in a 2 x 2 pattern
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
+UInt16 = NDArray[np.uint16]
 
 _blas_lock = threading.Lock()
 _blas_users = 0
@@ -59,23 +62,25 @@ def one_blas_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tile:
-    """Neighbouring cells of one row as features: ``n`` cells, ``p`` features, ``P`` pixels a cell."""
+    """Some cells as features: ``n`` pixels (cell after cell), ``p`` features, ``b`` bands."""
 
-    # (n, p + 1 + b, P): features (dates x bands, then linear per band), ones, anchor minus linear per band
-    rows: Float32
-    fitted: Float32  # (n, P): 1 where the anchor and at least one other look are clear
-    looked: Bool  # (n, P): at least one look besides the anchor
-    swing: Float32  # (n, b, P): next minus previous clear look around the anchor, NaN where one is missing
-    clear: Bool  # (n, dates, P): which features were seen on their own date, and not closed in time
+    rows: UInt16  # (p, n) codes: dates x bands, closed in time, then linear per band
+    fitted: Bool  # (n,) the anchor and at least one other look are clear
+    looked: Bool  # (n,) at least one look besides the anchor
+    target: Float32  # (b, n) codes: anchor minus linear where fitted, 0 elsewhere
+    swing: Float32  # (b, n) codes: next minus previous clear look around the anchor, 0 where one is missing
+    both: Bool  # (n,) both of them are there
+    low: UInt16  # (b, n) least and largest of the looks
+    high: UInt16
+    clear: Bool  # (dates, n) which features were seen on their own date, and not closed in time
 
 
 @dataclass(frozen=True)
 class NodeFit:
-    """What one node knows; coefficients are in codes per (code / UNIT_CODES)."""
+    """What one node knows; coefficients are in codes per code from CENTRE_CODE."""
 
-    coefficients: (
-        Float32  # (b, features + 1): on the date and linear rows, then the constant; added to linear
-    )
+    dates: tuple[int, ...]  # the dates used, ascending
+    coefficients: Float32  # (b, dates x b + b + 1): on dates, linear, the constant; added to linear
     evidence: float  # 0..1: how much the anchor's clear pixels decide (0 = plain linear)
     variance: Float64  # (b,) code^2: error on held-out cells, blended with the linear method's own
     closed_variance: Float32  # (b, dates) code^2: what a date adds where it is itself a gap closed in time
@@ -91,115 +96,115 @@ def candidate_dates(days: NDArray[np.int32], anchor: int, most: int) -> list[int
 
 
 def tile_features(
-    codes: NDArray[np.uint16],
-    clear: Bool,
-    days: NDArray[np.int32],
-    anchor: int,
-    dates: Sequence[int],
+    codes: UInt16, clear: Bool, away: Float32, anchor: tuple[UInt16, Bool], place: int, dates: Sequence[int]
 ) -> Tile:
-    """Features of one tile.
+    """Features of some cells.
 
     Args:
-        codes: ``(T, b, CELL_PX, n * CELL_PX)`` uint16, 0 = no data.
-        clear: ``(T, CELL_PX, n * CELL_PX)`` bool, True = usable look; False beyond the data's edge.
-        days: ``(T,)`` int32, ascending.
-        anchor: index of the acquisition to complete.
-        dates: indices of the dates that become features, ascending, without the anchor.
+        codes: ``(T, b, n)`` uint16 of the looks but the anchor, anything where not clear.
+        clear: ``(T, n)`` bool, True = usable look; False beyond the data's edge.
+        away: ``(T,)`` float32 days from the anchor, ascending.
+        anchor: the anchor's own codes ``(b, n)`` and clear pixels ``(n,)``.
+        place: how many of the looks come before the anchor.
+        dates: indices of the looks that become features, ascending.
 
     Returns:
-        A :class:`Tile`. A date's gaps are closed linearly in time from all other dates **but the anchor**:
-        with it, the fit would learn from its own answer.
+        A :class:`Tile`. A date's gaps are closed linearly in time from all other looks **but the anchor**:
+        with it, the fit would learn from its own answer. Features are rounded to whole codes, so that sums
+        of their products are exact whatever else is in the tile.
     """
-    n_bands, height, width = codes.shape[1:]
-    wanted = {t: i for i, t in enumerate(dates)}
-    wanted[anchor] = len(dates)
-    filled = np.empty((len(dates) + 2, n_bands, height, width), np.float32)
-    before = np.empty((len(wanted), n_bands, height, width), np.float32)
-    before_day = np.empty((len(wanted), height, width), np.float32)
-    carry = np.zeros((n_bands, height, width), np.float32)
-    carry_day = np.full((height, width), -np.inf, np.float32)
-    for t in range(len(days)):
-        slot = wanted.get(t)
-        if slot is not None:
-            before[slot], before_day[slot] = carry, carry_day
-        if t != anchor and clear[t].any():
-            np.copyto(carry, codes[t], where=clear[t])
-            np.copyto(carry_day, np.float32(days[t] - days[anchor]), where=clear[t])
-    looked = carry_day > -np.inf
-    carry[:] = 0.0
-    carry_day[:] = np.inf
-    swing = np.empty((n_bands, height, width), np.float32)
-    for t in range(len(days) - 1, -1, -1):
-        slot = wanted.get(t)
-        if slot is not None:
-            gap = ~clear[t] if t != anchor else np.ones((height, width), bool)
-            if gap.any():
-                share = _time_share(np.float32(days[t] - days[anchor]), before_day[slot], carry_day)
-                step = carry - before[slot]
-                if t == anchor:
-                    both = np.isfinite(before_day[slot]) & np.isfinite(carry_day)
-                    swing[:] = np.where(both, step, np.float32(np.nan))
-                filled[slot] = before[slot] + step * share
-            if t != anchor:
-                np.copyto(filled[slot], codes[t], where=~gap)
-        if t != anchor and clear[t].any():
-            np.copyto(carry, codes[t], where=clear[t])
-            np.copyto(carry_day, np.float32(days[t] - days[anchor]), where=clear[t])
-    filled[-1] = (codes[anchor] - filled[-2]) / UNIT_CODES
-    filled[:-1] -= CENTRE_CODE
-    filled[:-1] /= UNIT_CODES
-    n_cells = width // CELL_PX
-    rows = np.empty((n_cells, (len(dates) + 2) * n_bands + 1, CELL_PX * CELL_PX), np.float32)
-    by_cell = filled.reshape(-1, height, n_cells, CELL_PX).transpose(2, 0, 1, 3)
-    n_features = (len(dates) + 1) * n_bands
-    rows[:, :n_features].reshape(n_cells, -1, height, CELL_PX)[:] = by_cell[:, :n_features]
-    rows[:, n_features] = 1.0
-    rows[:, n_features + 1 :].reshape(n_cells, -1, height, CELL_PX)[:] = by_cell[:, n_features:]
-    return Tile(
-        rows=rows,
-        fitted=_cells(clear[anchor] & looked).astype(np.float32),
-        looked=_cells(looked),
-        swing=swing.reshape(n_bands, height, n_cells, CELL_PX)
-        .transpose(2, 0, 1, 3)
-        .reshape(n_cells, n_bands, -1),
-        clear=np.stack([_cells(clear[t]) for t in dates], axis=1),
-    )
+    n_bands, pixels = codes.shape[1:]
+    keep = np.negative(clear.view(np.int8), dtype=np.int16).view(np.uint16)  # all ones where clear
+    slots = {t: k for k, t in enumerate(dates)} | {ANCHOR: len(dates)}
+    order = [*range(place), ANCHOR, *range(place, len(codes))]
+    before = np.empty((len(slots), n_bands, pixels), np.uint16)
+    before_day = np.empty((len(slots), pixels), np.float32)
+    carry, changed = np.zeros((n_bands, pixels), np.uint16), np.empty((n_bands, pixels), np.uint16)
+    low, high = np.full((n_bands, pixels), 65535, np.uint16), np.zeros((n_bands, pixels), np.uint16)
+    day = np.full(pixels, -FAR_DAYS)
+    for t in order:
+        if t != ANCHOR:
+            _carry_on(carry, codes[t], keep[t], changed)
+            np.maximum(high, carry, out=high)
+            np.maximum(day, np.where(clear[t], away[t], -FAR_DAYS), out=day)
+        if t in slots:
+            before[slots[t]], before_day[slots[t]] = carry, day
+    looked = day > -FAR_DAYS
+    carry[:] = 0
+    day[:] = FAR_DAYS
+    rows = np.empty((len(slots), n_bands, pixels), np.uint16)
+    for t in reversed(order):
+        if t != ANCHOR:
+            _carry_on(carry, codes[t], keep[t], changed)
+            np.minimum(low, carry - np.uint16(1), out=low)  # 0, nothing yet, goes round to the largest
+            np.minimum(day, np.where(clear[t], away[t], FAR_DAYS), out=day)
+        if t in slots:
+            k = slots[t]
+            first = before[k].astype(np.float32)
+            step = carry.astype(np.float32)
+            step -= first
+            if t == ANCHOR:
+                both = (before_day[k] > -FAR_DAYS) & (day < FAR_DAYS)
+                swing = step * both
+            step *= _time_share(np.float32(0.0) if t == ANCHOR else away[t], before_day[k], day)
+            step += first
+            np.rint(step, out=step)
+            rows[k] = step
+    low += np.uint16(1)
+    fitted = anchor[1] & looked
+    target = (anchor[0].astype(np.float32) - rows[-1]) * fitted
+    return Tile(rows.reshape(-1, pixels), fitted, looked, target, swing, both, low, high, clear[np.array(dates, int)])
+
+
+def _carry_on(carry: UInt16, codes: UInt16, keep: UInt16, changed: UInt16) -> None:
+    """Put clear codes into ``carry``; by bits, which is many times faster than a masked copy."""
+    np.bitwise_xor(carry, codes, out=changed)
+    changed &= keep
+    carry ^= changed
 
 
 def _time_share(day: np.float32, previous: Float32, following: Float32) -> Float32:
-    """Where ``day`` lies between two looks, 0..1; where one is missing the other is repeated."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share: Float32 = (day - previous) / (following - previous)
-    share[~np.isfinite(previous)] = 1.0
-    share[~np.isfinite(following) | (following == previous)] = 0.0
+    """Where ``day`` lies between two looks, 0..1; FAR_DAYS where one is missing gives the weight to the other.
+
+    Looks of one day share it: the former counts.
+    """
+    share: Float32 = day - previous
+    share /= np.maximum(following - previous, np.float32(0.5))
     return share
 
 
-def _cells(field: Bool) -> Bool:
-    """(CELL_PX, n * CELL_PX) to (n, P)."""
-    n_cells = field.shape[1] // CELL_PX
-    return np.ascontiguousarray(field.reshape(CELL_PX, n_cells, CELL_PX).swapaxes(0, 1)).reshape(n_cells, -1)
+def cell_gram(tile: Tile, cell: int) -> Float32:
+    """Gram matrix ``(q, q)`` of features, ones and target over a cell's fitted pixels, in UNIT_CODES.
 
-
-def cell_grams(tile: Tile) -> Float32:
-    """Gram matrices ``(n, q, q)`` of a tile's rows over its fitted pixels; the ones make plain sums."""
-    grams: Float32 = np.matmul(tile.rows * tile.fitted[:, None, :], tile.rows.swapaxes(1, 2))
-    return grams
+    Summed in float64 over whole codes, hence exact: an entry does not depend on the rows beside it.
+    """
+    pixels = slice(cell * CELL_PX**2, (cell + 1) * CELL_PX**2)
+    n_features, n_bands = len(tile.rows), len(tile.target)
+    table = np.empty((n_features + 1 + n_bands, CELL_PX**2))
+    np.subtract(tile.rows[:, pixels], float(CENTRE_CODE), out=table[:n_features])
+    table[n_features] = 1.0
+    table[n_features + 1 :] = tile.target[:, pixels]
+    fitted = tile.fitted[pixels]
+    if not fitted.all():
+        table[: n_features + 1] *= fitted
+    unit = np.full(len(table), 1.0 / float(UNIT_CODES))
+    unit[n_features] = 1.0
+    gram = table @ table.T
+    gram *= unit[:, None]
+    gram *= unit
+    return gram.astype(np.float32)
 
 
 def fit_node(
     grams: Float32,
     weights: Float64,
     folds: NDArray[np.int64],
-    clear_share: Float64,
+    dates: Sequence[int],
     closed_more: Float64,
     prior_variance: Float64,
     harder: Float64,
-    nearest_first: Sequence[int],
     *,
     n_bands: int,
-    most_dates: int,
-    least_share: float,
     ridge: float,
     evidence_px: float,
 ) -> NodeFit:
@@ -212,114 +217,102 @@ def fit_node(
     each predicted from the other three quarters.
 
     Args:
-        grams: ``(c, q, q)`` float32, the window's cells in lattice order.
+        grams: ``(c, q, q)`` float32, the window's cells with fitted pixels in lattice order, of the features
+            used.
         weights: ``(c,)`` taper of the window.
         folds: ``(c,)`` 0..FOLDS-1, the held-out patch of each cell.
-        clear_share: ``(dates,)`` share of clear pixels of each date in the window.
+        dates: the dates used.
         closed_more: ``(dates,)`` share of gap pixels where a date is itself closed in time, less that of the
             fitted pixels: features that are worse where they are applied than where they were learnt.
-        harder: ``(b,)`` at least 1, how much larger linear's variance is in the gaps than on clear pixels.
         prior_variance: ``(b,)`` code^2, of linear interpolation as far as the looks themselves tell.
-        nearest_first: the dates' positions among the features, nearest to the anchor first.
+        harder: ``(b,)`` at least 1, how much larger linear's variance is in the gaps than on clear pixels.
         n_bands: bands in this group.
-        most_dates: the most dates to use.
-        least_share: a date must be clear on more than this share of the window.
         ridge: relative to the mean feature variance.
         evidence_px: clear pixels at which data and prior weigh the same.
 
     Returns:
-        The fit; coefficients of unused dates are 0.
+        The fit; without fitted pixels that of :func:`no_fit`.
     """
-    n_features = grams.shape[1] - n_bands - 1
-    n_dates = n_features // n_bands - 1
-    chosen = [d for d in nearest_first if clear_share[d] > least_share][:most_dates]
-    used = np.concatenate([d * n_bands + np.arange(n_bands) for d in [*sorted(chosen), n_dates]])
-    kept = np.concatenate([used, np.arange(n_features, grams.shape[1])])
-    coefficients = np.zeros((n_bands, n_features + 1), np.float32)
-    if not (grams[:, n_features, n_features] * weights).sum() > 0:
-        return NodeFit(coefficients, 0.0, prior_variance, np.zeros((n_bands, n_dates), np.float32))
-    sub = grams if len(kept) == grams.shape[1] else grams[:, kept[:, None], kept]
-    pixels = sub[:, len(used), len(used)].astype(np.float64)
-    noise = np.zeros(len(used))
-    variance = CLOSED_NOISE * prior_variance / float(UNIT_CODES) ** 2
-    noise[:-n_bands] = np.outer(closed_more[sorted(chosen)], variance).ravel()
+    if not len(grams):
+        return no_fit(prior_variance)
+    n_used = grams.shape[1] - n_bands - 1
+    pixels = grams[:, n_used, n_used].astype(np.float64)
+    noise = np.zeros(n_used)
+    noise[:-n_bands] = np.outer(closed_more, CLOSED_NOISE * prior_variance / float(UNIT_CODES) ** 2).ravel()
     cell_weights = weights
-    total = _weighted(sub, cell_weights)
-    solution = _solve(total, n_bands, ridge, evidence_px, noise)
+    total = _weighted(grams, cell_weights[None])
     for _ in range(REWEIGHT_ROUNDS):
-        cell_weights = weights * _huber(_cell_errors(sub, pixels, solution, n_bands), pixels)
-        total = _weighted(sub, cell_weights)
-        solution = _solve(total, n_bands, ridge, evidence_px, noise)
-    own, cross, inner, held_px = (
-        np.zeros(n_bands),
-        np.zeros(n_bands),
-        np.zeros(n_bands),
-        0.0,
-    )
-    for fold in range(FOLDS):
-        part = _weighted(sub, np.where(folds == fold, cell_weights, 0.0))
-        if part[len(used), len(used)] > 0:
-            terms = _error_terms(part, _solve(total - part, n_bands, ridge, evidence_px, noise), n_bands)
-            own, cross, inner = own + terms[0], cross + terms[1], inner + terms[2]
-            held_px += float(part[len(used), len(used)])
+        errors = _cell_errors(grams, pixels, _solve(total, n_bands, ridge, evidence_px, noise)[0])
+        cell_weights = weights * _huber(errors, pixels)
+        total = _weighted(grams, cell_weights[None])
+    parts = _weighted(grams, np.where(folds == np.arange(FOLDS)[:, None], cell_weights, 0.0))
+    parts = parts[parts[:, n_used, n_used] > 0]
+    solutions = _solve(np.concatenate([total, total - parts]), n_bands, ridge, evidence_px, noise)
+    own, cross, inner = (terms.sum(axis=0) for terms in _error_terms(parts, solutions[1:]))
+    held_px = float(parts[:, n_used, n_used].sum())
     evidence = held_px / (held_px + evidence_px)
     # what held-out cells support, over all bands; generous, since a few cells measure it badly
-    agreed, spent = (
-        (cross / np.maximum(own, 1e-9)).sum(),
-        (inner / np.maximum(own, 1e-9)).sum(),
-    )
+    agreed, spent = (cross / np.maximum(own, 1e-9)).sum(), (inner / np.maximum(own, 1e-9)).sum()
     trust = float(np.clip(2.0 * held_px / (held_px + TRUST_PX) * agreed / max(spent, 1e-9), 0.0, 1.0))
-    measured = (
-        np.maximum(own - 2.0 * trust * cross + trust**2 * inner, 0.0) / held_px * float(UNIT_CODES) ** 2
-    )
-    coefficients[:, np.append(used, n_features)] = trust * solution * float(UNIT_CODES)
-    slopes = coefficients[:, :n_features].reshape(n_bands, n_dates + 1, n_bands)[:, :n_dates] / UNIT_CODES
-    return NodeFit(
-        coefficients,
-        evidence,
-        evidence * measured * harder + (1.0 - evidence) * prior_variance,
-        (slopes**2 @ prior_variance).astype(np.float32),
-    )
+    measured = np.maximum(own - 2.0 * trust * cross + trust**2 * inner, 0.0) / held_px
+    variance = evidence * measured * float(UNIT_CODES) ** 2 * harder + (1.0 - evidence) * prior_variance
+    coefficients = trust * solutions[0]
+    coefficients[:, -1] *= float(UNIT_CODES)
+    slopes = coefficients[:, : -n_bands - 1].reshape(n_bands, len(dates), n_bands)
+    closed = (slopes.astype(np.float32) ** 2 @ prior_variance).astype(np.float32)
+    return NodeFit(tuple(dates), coefficients.astype(np.float32), evidence, variance, closed)
+
+
+def no_fit(prior_variance: Float64) -> NodeFit:
+    """Plain linear: nothing to add to it."""
+    n_bands = len(prior_variance)
+    nothing = np.zeros((n_bands, n_bands + 1), np.float32)
+    return NodeFit((), nothing, 0.0, prior_variance, np.zeros((n_bands, 0), np.float32))
 
 
 def _weighted(grams: Float32, weights: Float64) -> Float64:
-    """Sum of the cells' Gram matrices (q, q)."""
-    flat = weights.astype(np.float32)[None] @ grams.reshape(len(grams), -1)
-    return flat.reshape(grams.shape[1:]).astype(np.float64)
+    """Sums of the cells' Gram matrices (k, q, q) for weights (k, c)."""
+    flat = weights.astype(np.float32) @ grams.reshape(len(grams), -1)
+    return flat.reshape(-1, *grams.shape[1:]).astype(np.float64)
 
 
-def _solve(gram: Float64, n_bands: int, ridge: float, evidence_px: float, noise: Float64) -> Float64:
-    """Coefficients ``(b, used + 1)``, the constant last, from a weighted Gram matrix."""
-    n_used = gram.shape[0] - n_bands - 1
-    count = float(gram[n_used, n_used])
-    if count < 1.0:
-        return np.zeros((n_bands, n_used + 1))
-    mean = gram[n_used] / count
-    centred = gram / count - np.outer(mean, mean)
-    covariance, target = centred[:n_used, :n_used], centred[:n_used, n_used + 1 :]
-    scale = float(np.trace(covariance)) / n_used
+def _solve(grams: Float64, n_bands: int, ridge: float, evidence_px: float, noise: Float64) -> Float64:
+    """Coefficients ``(k, b, used + 1)``, the constant last, from weighted Gram matrices ``(k, q, q)``."""
+    n_used = grams.shape[-1] - n_bands - 1
+    counts = grams[:, n_used, n_used]
+    count = np.maximum(counts, 1.0)
+    mean = grams[:, n_used] / count[:, None]
+    centred = grams / count[:, None, None] - mean[:, :, None] * mean[:, None]
+    covariance, target = centred[:, :n_used, :n_used], centred[:, :n_used, n_used + 1 :]
+    diagonal = np.arange(n_used)
+    scale = np.maximum(covariance[:, diagonal, diagonal].mean(axis=1), 0.0)
     # 1e-6 (one code squared): without any contrast in the window the system must stay regular
     pull = ridge * (1.0 + evidence_px / count) * scale + 1e-6
-    slopes = np.linalg.solve(covariance + np.diag(pull + noise), target).T
-    constant = mean[n_used + 1 :] * (count / (count + evidence_px)) - slopes @ mean[:n_used]
-    return np.column_stack([slopes, constant])
+    covariance[:, diagonal, diagonal] += pull[:, None] + noise
+    slopes = np.linalg.solve(covariance, target).swapaxes(1, 2)
+    constant = mean[:, n_used + 1 :] * (count / (count + evidence_px))[:, None]
+    constant -= (slopes @ mean[:, :n_used, None])[..., 0]
+    solution: Float64 = np.concatenate([slopes, constant[..., None]], axis=2)
+    solution[counts < 1.0] = 0.0
+    return solution
 
 
-def _error_terms[F: (np.float32, np.float64)](
-    gram: NDArray[F], solution: NDArray[F], n_bands: int
-) -> tuple[NDArray[F], NDArray[F], NDArray[F]]:
-    """Sums over pixels of target^2, target x prediction and prediction^2, each (..., b)."""
-    inputs = gram.shape[-1] - n_bands
-    own = np.diagonal(gram, axis1=-2, axis2=-1)[..., inputs:]
-    cross = (gram[..., inputs:, :inputs] * solution).sum(axis=-1)
-    inner = ((solution @ gram[..., :inputs, :inputs]) * solution).sum(axis=-1)
+def _error_terms(grams: Float64, solutions: Float64) -> tuple[Float64, Float64, Float64]:
+    """Sums over pixels of target^2, target x prediction and prediction^2, each (k, b)."""
+    inputs = solutions.shape[-1]
+    own = np.diagonal(grams, axis1=-2, axis2=-1)[..., inputs:]
+    cross = (grams[..., inputs:, :inputs] * solutions).sum(axis=-1)
+    inner = ((solutions @ grams[..., :inputs, :inputs]) * solutions).sum(axis=-1)
     return own, cross, inner
 
 
-def _cell_errors(grams: Float32, pixels: Float64, solution: Float64, n_bands: int) -> Float64:
+def _cell_errors(grams: Float32, pixels: Float64, solution: Float64) -> Float64:
     """(c,) root mean square error of each cell over all bands, each band in units of the window's error."""
-    own, cross, inner = _error_terms(grams, solution.astype(np.float32), n_bands)
-    error = np.maximum(own - 2.0 * cross + inner, 0.0).astype(np.float64)
+    n_bands = len(solution)
+    # prediction minus target is one linear form of the rows: its square needs one product with the matrix
+    form = np.concatenate([solution, -np.eye(n_bands)], axis=1).astype(np.float32)
+    sides = (grams.reshape(-1, grams.shape[-1]) @ form.T).reshape(len(grams), -1, n_bands)
+    error = np.maximum((sides * form.T).sum(axis=1), 0.0).astype(np.float64)
     error /= np.maximum(error.sum(axis=0), 1e-12)
     return np.sqrt(error.sum(axis=1) / np.maximum(pixels, 1.0))
 

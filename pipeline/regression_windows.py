@@ -7,18 +7,20 @@ residual of the clear pixels carried into the gaps (:class:`Group`). The numbers
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from pipeline.regression_fit import (
     CENTRE_CODE,
-    UNIT_CODES,
     NodeFit,
     Tile,
     candidate_dates,
-    cell_grams,
+    cell_gram,
     fit_node,
+    no_fit,
     tile_features,
 )
 from pipeline.regression_lattice import (
@@ -41,6 +43,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 UInt16 = NDArray[np.uint16]
+UInt32 = NDArray[np.uint32]
 Int32 = NDArray[np.int32]
 
 RUN_CELLS = 16  # cells of a row worked on at a time: the working set stays in the cache
@@ -49,185 +52,255 @@ GUIDE_SHRINK = np.float32(0.1)  # of the guide's mean square: what the line must
 GUIDE_NOISE_CODES = np.float32(50.0)
 
 
+class Windows:
+    """What the clear looks alone tell of cells and nodes: the same for all groups of bands."""
+
+    def __init__(self, clear: Bool, days: Int32, anchor: int, lattice: Lattice, options: RegressionOptions) -> None:
+        self.clear, self.days, self.anchor, self.lattice = clear, days, anchor, lattice
+        self.candidates = candidate_dates(days, anchor, MOST_CANDIDATES)
+        bits = np.stack([_cell_bits(layer, lattice) for layer in clear])
+        self.clear_px = _count(bits)  # (T, cells + 1), the last cell being the one that shows nothing
+        looked = np.zeros_like(bits[0])
+        for t in range(len(days)):
+            if t != anchor:
+                looked |= bits[t]
+        fitted = bits[anchor] & looked
+        gap = looked & ~fitted
+        self.looked_px, self.fitted_px, self.gap_px = (_count(at[None])[0] for at in (looked, fitted, gap))
+        unseen = ~bits[self.candidates]
+        # pixels where a date's feature is closed in time: in the gaps, and where fitted
+        self.closed_gap, self.closed_fit = _count(unseen & gap), _count(unseen & fitted)
+        nearest = np.argsort(np.abs(days[self.candidates] - days[anchor]), kind="stable")
+        self.chosen = {node: self._choose(node, nearest.tolist(), options) for node in lattice.nodes}
+        self.wanted = self._wanted()
+
+    def cells(self, node: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The cells of a node's window, row by row, and their global parity (the held-out patch)."""
+        lat = self.lattice
+        ys, xs = (
+            at * STRIDE_CELLS - first + np.arange(-REACH_CELLS, REACH_CELLS)
+            for at, first in zip(node, lat.first, strict=True)
+        )
+        flat = ys[:, None] * lat.shape[1] + xs[None]
+        within = ((ys >= 0) & (ys < lat.shape[0]))[:, None] & ((xs >= 0) & (xs < lat.shape[1]))
+        folds = ((ys + lat.first[0]) % 2 * 2)[:, None] + (xs + lat.first[1]) % 2
+        return np.where(within, flat, lat.shape[0] * lat.shape[1]).ravel(), folds.ravel()
+
+    def closed_more(self, window: NDArray[np.int64]) -> Float64:
+        """(candidates,) share of gap pixels where a date is closed in time, less that of fitted pixels."""
+        near = window[NEAR]
+        in_gap = self.closed_gap[:, near].sum(axis=1) / max(int(self.gap_px[near].sum()), 1)
+        in_fit = self.closed_fit[:, window].sum(axis=1) / max(int(self.fitted_px[window].sum()), 1)
+        return np.maximum(in_gap - in_fit, 0.0)
+
+    def _choose(self, node: tuple[int, int], nearest_first: list[int], options: RegressionOptions) -> list[int] | None:
+        """The dates a node uses, as places among the candidates; None where nothing can be fitted."""
+        window, _ = self.cells(node)
+        if not self.fitted_px[window].any():
+            return None
+        looked = max(int(self.looked_px[window].sum()), 1)
+        share = self.clear_px[:, window].sum(axis=1)[self.candidates] / looked
+        enough = [d for d in nearest_first if share[d] > options.least_clear_share]
+        return sorted(enough[: options.dates])
+
+    def _wanted(self) -> Bool:
+        """(cells y, x, candidates) dates some node learns from in a cell, or adds to it."""
+        lat = self.lattice
+        learnt = np.zeros((*lat.shape, len(self.candidates)), bool)
+        applied = np.zeros_like(learnt)
+        for node, dates in self.chosen.items():
+            if dates:
+                y, x = (at * STRIDE_CELLS - first for at, first in zip(node, lat.first, strict=True))
+                for field, reach in ((learnt, REACH_CELLS), (applied, STRIDE_CELLS)):
+                    rows = slice(max(y - reach, 0), max(y + reach, 0))
+                    field[rows, max(x - reach, 0) : max(x + reach, 0), dates] = True
+        learnt &= (self.fitted_px[:-1] > 0).reshape(lat.shape)[..., None]
+        return learnt | (applied & lat.predicted[..., None])
+
+
+@dataclass(frozen=True)
+class Held:
+    """One cell kept for prediction."""
+
+    tile: Tile
+    dates: list[int]  # the tile's, as places among the candidates
+    pixels: slice
+
+
 class Group:
     """A group of bands being filled: cells first, then nodes, then the predictions."""
 
-    def __init__(
-        self,
-        codes: UInt16,
-        clear: Bool,
-        days: Int32,
-        anchor: int,
-        lattice: Lattice,
-        options: RegressionOptions,
-    ) -> None:
-        self.codes, self.clear, self.days, self.anchor = codes, clear, days, anchor
-        self.lattice, self.options = lattice, options
+    def __init__(self, codes: UInt16, windows: Windows, options: RegressionOptions) -> None:
+        self.codes, self.windows, self.options = codes, windows, options
+        self.lattice = windows.lattice
         self.n_bands = codes.shape[1]
-        self.dates = candidate_dates(days, anchor, MOST_CANDIDATES)
-        self.n_features = (len(self.dates) + 1) * self.n_bands
         self._read_cells()
-        self.fits = {node: self._fit(node) for node in lattice.nodes}
+        self.fits = {node: self._fit(node) for node in self.lattice.nodes}
 
-    def _tiles(self) -> Iterator[tuple[int, int, int, Tile]]:
-        """Runs of needed cells: (cell row, first column, end column, features)."""
-        lat = self.lattice
-        height, width = self.clear.shape[1:]
+    def _tiles(self) -> Iterator[tuple[NDArray[np.int64], list[int], Tile]]:
+        """Runs of needed cells of a row: (cells, dates, features)."""
+        lat, win = self.lattice, self.windows
         for y in range(lat.shape[0]):
             columns = np.flatnonzero(lat.needed[y])
-            if not len(columns):
-                continue
-            for x in range(int(columns[0]), int(columns[-1]) + 1, RUN_CELLS):
-                end = min(x + RUN_CELLS, int(columns[-1]) + 1)
-                rows = overlap(y * CELL_PX - lat.top, CELL_PX, height)
-                cols = overlap(x * CELL_PX - lat.left, (end - x) * CELL_PX, width)
-                if rows.inner == slice(0, CELL_PX) and cols.inner == slice(0, (end - x) * CELL_PX):
-                    codes = self.codes[:, :, rows.outer, cols.outer]
-                    clear = self.clear[:, rows.outer, cols.outer]
-                else:  # the data end inside a cell: what is missing is not clear
-                    codes = np.zeros((*self.codes.shape[:2], CELL_PX, (end - x) * CELL_PX), np.uint16)
-                    clear = np.zeros((len(self.days), CELL_PX, (end - x) * CELL_PX), bool)
-                    codes[:, :, rows.inner, cols.inner] = self.codes[:, :, rows.outer, cols.outer]
-                    clear[:, rows.inner, cols.inner] = self.clear[:, rows.outer, cols.outer]
+            for start in range(0, len(columns), RUN_CELLS):
+                xs = columns[start : start + RUN_CELLS]
+                cells = y * lat.shape[1] + xs
+                dates = np.flatnonzero(win.wanted[y, xs].any(axis=0)).tolist()
+                times = [win.candidates[d] for d in dates]
+                # looks that show nothing here, and are not asked for, cost nothing
+                shown = win.clear_px[:, cells].any(axis=1)
+                shown[times] = True
+                shown[win.anchor] = False
+                looks = np.flatnonzero(shown)
+                codes, clear = self._load(y, xs, [*looks.tolist(), win.anchor])
                 yield (
-                    y,
-                    x,
-                    end,
-                    tile_features(codes, clear, self.days, self.anchor, self.dates),
+                    cells,
+                    dates,
+                    tile_features(
+                        codes[:-1],
+                        clear[:-1],
+                        (win.days[looks] - win.days[win.anchor]).astype(np.float32),
+                        (codes[-1], clear[-1]),
+                        int((looks < win.anchor).sum()),
+                        np.searchsorted(looks, times).tolist(),
+                    ),
                 )
+
+    def _load(self, y: int, xs: NDArray[np.int64], times: list[int]) -> tuple[UInt16, Bool]:
+        """Codes ``(times, b, n)`` and clear looks ``(times, n)`` of some cells, cell after cell.
+
+        Where the data end inside a cell, what is missing is not clear.
+        """
+        lat, height, width = self.lattice, *self.codes.shape[2:]
+        codes = np.zeros((len(times), self.n_bands, len(xs), CELL_PX, CELL_PX), np.uint16)
+        clear = np.zeros((len(times), len(xs), CELL_PX, CELL_PX), bool)
+        rows = overlap(y * CELL_PX - lat.top, CELL_PX, height)
+        for k, x in enumerate(xs.tolist()):
+            cols = overlap(x * CELL_PX - lat.left, CELL_PX, width)
+            for i, t in enumerate(times):
+                codes[i, :, k, rows.inner, cols.inner] = self.codes[t, :, rows.outer, cols.outer]
+                clear[i, k, rows.inner, cols.inner] = self.windows.clear[t, rows.outer, cols.outer]
+        return codes.reshape(len(times), self.n_bands, -1), clear.reshape(len(times), -1)
 
     def _read_cells(self) -> None:
         """Gram matrices of the needed cells, and the features of those to predict."""
-        lat, n_rows = self.lattice, self.n_features + 1 + self.n_bands
-        # entry 0 is the cell that shows nothing: windows are full everywhere, so all sums have one shape
-        self.index = np.where(lat.needed, np.cumsum(lat.needed).reshape(lat.shape), 0)
-        n_cells = int(lat.needed.sum()) + 1
-        self.grams = np.zeros((n_cells, n_rows, n_rows), np.float32)
-        self.clear_px = np.zeros((n_cells, len(self.dates)), np.int32)
-        # pixels where a date's feature is closed in time, and all of them (last): in the gaps, and where
-        # fitted
-        self.closed_gap = np.zeros((n_cells, len(self.dates) + 1), np.int32)
-        self.closed_fit = np.zeros((n_cells, len(self.dates) + 1), np.int32)
-        self.looked_px = np.zeros(n_cells, np.int32)
+        lat, win = self.lattice, self.windows
+        n_cells = lat.shape[0] * lat.shape[1] + 1
+        learnt = np.append(lat.needed.ravel(), False) & (win.fitted_px > 0)
+        self.gram_at = np.where(learnt, np.cumsum(learnt) - 1, -1)
+        n_rows = (len(win.candidates) + 1) * self.n_bands + 1 + self.n_bands
+        self.grams = np.empty((int(learnt.sum()), n_rows, n_rows), np.float32)
         # squares of the swing summed per band, then the number of pixels: in the gaps, and where fitted
         self.swing_gap = np.zeros((n_cells, self.n_bands + 1))
         self.swing_fit = np.zeros((n_cells, self.n_bands + 1))
-        self.at = {(int(y), int(x)): i for i, (y, x) in enumerate(np.argwhere(lat.predicted))}
-        pixels = CELL_PX * CELL_PX
-        self.rows = np.empty((len(self.at), n_rows, pixels), np.float32)
-        self.fitted = np.empty((len(self.at), pixels), np.float32)
-        self.looked = np.empty((len(self.at), pixels), bool)
-        self.imputed = np.empty((len(self.at), len(self.dates), pixels), bool)
-        for y, x, end, tile in self._tiles():
-            cells = self.index[y, x:end]
-            mine = cells > 0
-            cells = cells[mine]
-            self.grams[cells] = cell_grams(tile)[mine]
-            self.clear_px[cells] = tile.clear.sum(axis=2, dtype=np.int32)[mine]
-            fitted = tile.fitted.astype(bool)
-            for counts, where in ((self.closed_gap, tile.looked & ~fitted), (self.closed_fit, fitted)):
-                counts[cells, :-1] = (~tile.clear & where[:, None]).sum(axis=2, dtype=np.int32)[mine]
-                counts[cells, -1] = where.sum(axis=1, dtype=np.int32)[mine]
-            self.looked_px[cells] = tile.looked.sum(axis=1, dtype=np.int32)[mine]
-            both = np.isfinite(tile.swing[:, 0])
-            squares = np.where(both[:, None], tile.swing, 0.0).astype(np.float64) ** 2
-            for sums, where in ((self.swing_gap, both & ~fitted), (self.swing_fit, both & fitted)):
-                sums[cells, :-1] = (squares * where[:, None]).sum(axis=2)[mine]
-                sums[cells, -1] = where.sum(axis=1)[mine]
-            for k in range(end - x):
-                at = self.at.get((y, x + k))
-                if at is not None:
-                    self.rows[at], self.fitted[at], self.looked[at] = (
-                        tile.rows[k],
-                        tile.fitted[k],
-                        tile.looked[k],
-                    )
-                    np.logical_not(tile.clear[k], out=self.imputed[at])
+        predicted = lat.predicted.ravel()
+        self.held: dict[int, Held] = {}
+        for cells, dates, tile in self._tiles():
+            kept = _places(dates, len(win.candidates), self.n_bands)
+            squares = tile.swing**2
+            for sums, where in (
+                (self.swing_gap, tile.both & ~tile.fitted),
+                (self.swing_fit, tile.both & tile.fitted),
+            ):
+                sums[cells, :-1] = (squares * where).reshape(self.n_bands, len(cells), -1).sum(axis=2).T
+                sums[cells, -1] = np.count_nonzero(where.reshape(len(cells), -1), axis=1)
+            for k, cell in enumerate(cells.tolist()):
+                if learnt[cell]:
+                    self.grams[self.gram_at[cell]][kept[:, None], kept] = cell_gram(tile, k)
+                if predicted[cell]:
+                    self.held[cell] = Held(tile, dates, slice(k * CELL_PX**2, (k + 1) * CELL_PX**2))
 
     def _fit(self, node: tuple[int, int]) -> NodeFit:
-        lat = self.lattice
-        ys = node[0] * STRIDE_CELLS - lat.first[0] + np.arange(-REACH_CELLS, REACH_CELLS)
-        xs = node[1] * STRIDE_CELLS - lat.first[1] + np.arange(-REACH_CELLS, REACH_CELLS)
-        cells = np.zeros((len(ys), len(xs)), np.int64)
-        rows, cols = (ys >= 0) & (ys < lat.shape[0]), (xs >= 0) & (xs < lat.shape[1])
-        cells[np.ix_(rows, cols)] = self.index[np.ix_(ys[rows], xs[cols])]
-        window = cells.ravel()
-        looked = max(int(self.looked_px[window].sum()), 1)
+        win = self.windows
+        window, folds = win.cells(node)
         near_gap, fit = self.swing_gap[window[NEAR]].sum(axis=0), self.swing_fit[window].sum(axis=0)
         prior = _linear_variance((self.swing_gap[window] + self.swing_fit[window]).T @ TAPER)
+        dates = win.chosen[node]
+        if dates is None:
+            return no_fit(prior)
         harder = np.ones(self.n_bands)
         if near_gap[-1] > 0 and fit[-1] > 0:
             harder = np.maximum(_linear_variance(near_gap) / _linear_variance(fit), 1.0)
-        away = np.abs(self.days[self.dates] - self.days[self.anchor])
+        at = self.gram_at[window]
+        some = at >= 0
+        kept = _places(dates, len(win.candidates), self.n_bands)
         return fit_node(
-            self.grams[window],
-            TAPER,
-            ((ys + lat.first[0]) % 2 * 2)[:, None].repeat(len(xs), axis=1).ravel()
-            + ((xs + lat.first[1]) % 2)[None].repeat(len(ys), axis=0).ravel(),
-            self.clear_px[window].sum(axis=0) / looked,
-            np.maximum(_share(self.closed_gap[window[NEAR]]) - _share(self.closed_fit[window]), 0.0),
+            self.grams[at[some][:, None, None], kept[:, None], kept],
+            TAPER[some],
+            folds[some],
+            dates,
+            win.closed_more(window)[dates],
             prior,
             harder,
-            np.argsort(away, kind="stable").tolist(),
             n_bands=self.n_bands,
-            most_dates=self.options.dates,
-            least_share=self.options.least_clear_share,
             ridge=self.options.ridge,
             evidence_px=self.options.evidence_px,
         )
 
-    def _corners(self, y: int, x: int) -> list[NodeFit]:
-        j, i = (
-            (y + self.lattice.first[0]) // STRIDE_CELLS,
-            (x + self.lattice.first[1]) // STRIDE_CELLS,
-        )
-        return [self.fits[n] for n in ((j, i), (j, i + 1), (j + 1, i), (j + 1, i + 1))]
+    def _corners(self, cell: int) -> tuple[list[NodeFit], Float32]:
+        """The four nodes around a cell, and their shares in its pixels (4, P)."""
+        y, x = (at + first for at, first in zip(divmod(cell, self.lattice.shape[1]), self.lattice.first, strict=True))
+        j, i = y // STRIDE_CELLS, x // STRIDE_CELLS
+        fits = [self.fits[n] for n in ((j, i), (j, i + 1), (j + 1, i), (j + 1, i + 1))]
+        return fits, BLEND[y % STRIDE_CELLS, x % STRIDE_CELLS]
 
-    def _predict(self) -> tuple[Float32, Float32, Float32]:
-        """To be added to linear (n, b, P) in codes, the evidence (n, P) and the variance (n, b, P)."""
-        n, b, pixels = len(self.at), self.n_bands, CELL_PX * CELL_PX
-        added = np.empty((n, b, pixels), np.float32)
-        evidence = np.empty((n, pixels), np.float32)
-        variance = np.empty((n, b, pixels), np.float32)
-        for (y, x), k in self.at.items():
-            corners = self._corners(y, x)
-            share = BLEND[
-                (y + self.lattice.first[0]) % STRIDE_CELLS,
-                (x + self.lattice.first[1]) % STRIDE_CELLS,
-            ]
-            spoken = np.concatenate([c.coefficients for c in corners]) @ self.rows[k, : self.n_features + 1]
-            added[k] = _blend(spoken.reshape(4, b, pixels), share)
-            known = np.array([[c.evidence, *c.variance] for c in corners], np.float32)[:, :, None]
-            blended = _blend(known, share)
-            closed = np.concatenate([c.closed_variance for c in corners]) @ self.imputed[k].astype(np.float32)
-            evidence[k], variance[k] = (
-                blended[0],
-                blended[1:] + _blend(closed.reshape(4, b, pixels), share),
-            )
-        return added, evidence, variance
+    def _add(self, held: Held, corners: list[NodeFit], share: Float32) -> Float32:
+        """(b, P) to be added to linear, in codes."""
+        # the dates of these four alone: the order of a product's sums must not follow the rest of the tile
+        dates = sorted({d for c in corners for d in c.dates})
+        n_rows = (len(dates) + 1) * self.n_bands
+        table = np.empty((n_rows + 1, CELL_PX**2), np.float32)
+        rows = held.tile.rows[:, held.pixels]
+        if dates != held.dates:
+            rows = rows[_places([held.dates.index(d) for d in dates], len(held.dates), self.n_bands)[:n_rows]]
+        np.subtract(rows, CENTRE_CODE, out=table[:-1])
+        table[-1] = 1.0
+        spread = np.zeros((4, self.n_bands, n_rows + 1), np.float32)
+        for k, corner in enumerate(corners):
+            own = [dates.index(d) for d in corner.dates]
+            spread[k][:, _places(own, len(dates), self.n_bands)[: -self.n_bands]] = corner.coefficients
+        spoken = spread.reshape(-1, n_rows + 1) @ table
+        return _blend(spoken.reshape(4, self.n_bands, -1), share)
+
+    def _doubt(self, held: Held, corners: list[NodeFit], share: Float32) -> tuple[Float32, Float32]:
+        """Evidence (P,) and variance (b, P) code^2."""
+        known = np.array([[c.evidence, *c.variance] for c in corners], np.float32)[:, :, None]
+        blended = _blend(known, share)
+        dates = sorted({d for c in corners for d in c.dates})
+        closed = np.zeros((4, self.n_bands, len(dates)), np.float32)
+        for k, corner in enumerate(corners):
+            closed[k][:, [dates.index(d) for d in corner.dates]] = corner.closed_variance
+        imputed = ~held.tile.clear[[held.dates.index(d) for d in dates], held.pixels]
+        added = (closed.reshape(4 * self.n_bands, -1) @ imputed.astype(np.float32)).reshape(4, -1, CELL_PX**2)
+        return blended[0], blended[1:] + _blend(added, share)
 
     def _residual(self, added: Float32) -> Float32:
-        """(n, b, P) what the fit leaves over on clear pixels, carried into the gaps.
+        """(2 b, y, x) what the fit leaves over on clear pixels, smoothed, on a grid of GRID_PX.
 
         Near a pixel the residual is a line in what the fit adds to linear there (``added``), so that a
-        parcel takes more from its like than from its neighbours. The line's moments are Gaussian means over
-        clear pixels; where it has no hold it flattens to their mean, and fades where none is near.
+        parcel takes more from its like than from its neighbours: constants, then slopes. The line's moments
+        are Gaussian means over clear pixels; where it has no hold it flattens to their mean, and fades where
+        none is near.
 
         Source: He, Sun & Tang 2013 (guided filter), with missing pixels.
         """
         lat, b, per = self.lattice, self.n_bands, CELL_PX // GRID_PX
         grid = np.zeros((4 * b + 1, lat.shape[0] + 2, per, lat.shape[1] + 2, per), np.float32)
-        cells = np.array(list(self.at), np.int64).reshape(-1, 2) + 1
-        for start in range(0, len(cells), RUN_CELLS):  # a few cells at a time stay in the cache
-            run = slice(start, start + RUN_CELLS)
-            seen, guide = self.fitted[run, None], added[run] * self.fitted[run, None]
-            left = self.rows[run, self.n_features + 1 :] * UNIT_CODES * seen - guide
-            moments = np.concatenate([left, guide, left * guide, guide * guide, seen], axis=1)
-            grid[:, cells[run, 0], :, cells[run, 1]] = _pooled(moments)
+        moments = np.empty((4 * b + 1, CELL_PX**2), np.float32)
+        left, guide, product, square = (moments[k * b : (k + 1) * b] for k in range(4))
+        for k, (cell, held) in enumerate(self.held.items()):
+            if not self.windows.fitted_px[cell]:
+                continue
+            seen = held.tile.fitted[held.pixels]
+            moments[-1] = seen
+            np.multiply(added[k], moments[-1], out=guide)
+            np.subtract(held.tile.target[:, held.pixels], guide, out=left)
+            np.multiply(left, guide, out=product)
+            np.multiply(guide, guide, out=square)
+            y, x = divmod(cell, lat.shape[1])
+            grid[:, y + 1, :, x + 1] = _pooled(moments)
         flat = grid.reshape(4 * b + 1, (lat.shape[0] + 2) * per, -1)
-        smooth = _gaussian(
-            _gaussian(flat, 1, self.options.residual_sigma_px), 2, self.options.residual_sigma_px
-        )
+        smooth = _gaussian(flat, self.options.residual_sigma_px)
         count = smooth[-1] / np.float32(GRID_PX * GRID_PX)
         mean = smooth[:-1].reshape(4, b, *count.shape) / np.maximum(smooth[-1], np.float32(1e-3))
         left_mean, guide_mean, product, square = mean
@@ -235,48 +308,77 @@ class Group:
             np.maximum(square - guide_mean**2, 0) + GUIDE_SHRINK * square + GUIDE_NOISE_CODES**2
         )
         fade = count / (count + np.float32(RESIDUAL_FLOOR))
-        line = np.concatenate([(left_mean - slope * guide_mean) * fade, slope * fade])
-        result = np.empty_like(added)
-        for (y, x), k in self.at.items():
-            rows, cols = (slice((at + 1) * per - 1, (at + 2) * per + 1) for at in (y, x))
-            near = UPSAMPLE @ np.ascontiguousarray(line[:, rows, cols]) @ UPSAMPLE.T
-            result[k] = near[:b].reshape(b, -1) + near[b:].reshape(b, -1) * added[k]
-        return result
+        return np.concatenate([(left_mean - slope * guide_mean) * fade, slope * fade])
 
     def write(self, out: UInt16, sigma: Float32, model: Bool, gap: Bool, growth: Float32) -> None:
         """Fill the gaps of ``out``, ``sigma`` and ``model`` in place."""
-        added, evidence, variance = self._predict()
-        if self.options.residual_sigma_px > 0:
-            added += self._residual(added)
-        lat, n_dates = self.lattice, len(self.dates)
-        linear = self.rows[:, self.n_features - self.n_bands : self.n_features]
-        for (y, x), k in self.at.items():
+        lat = self.lattice
+        around = {cell: self._corners(cell) for cell in self.held}
+        added = np.zeros((len(self.held), self.n_bands, CELL_PX**2), np.float32)
+        for k, (cell, held) in enumerate(self.held.items()):
+            if any(corner.evidence > 0 for corner in around[cell][0]):
+                added[k] = self._add(held, *around[cell])
+        line = self._residual(added) if self.options.residual_sigma_px > 0 else None
+        for k, (cell, held) in enumerate(self.held.items()):
+            y, x = divmod(cell, lat.shape[1])
             rows = overlap(y * CELL_PX - lat.top, CELL_PX, gap.shape[0])
             cols = overlap(x * CELL_PX - lat.left, CELL_PX, gap.shape[1])
-            here = (
-                gap[rows.outer, cols.outer] & self.looked[k].reshape(CELL_PX, CELL_PX)[rows.inner, cols.inner]
-            )
+            looked = held.tile.looked[held.pixels].reshape(CELL_PX, CELL_PX)
+            here = gap[rows.outer, cols.outer] & looked[rows.inner, cols.inner]
             if not here.any():
                 continue
-            looks = self.rows[k, : n_dates * self.n_bands].reshape(n_dates, self.n_bands, -1)
-            low, high = looks.min(axis=0), looks.max(axis=0)
-            margin = (high - low) * np.float32(self.options.margin_share) + np.float32(
-                self.options.margin_codes / 1e3
-            )
-            value = (
-                np.clip(linear[k] + added[k] / UNIT_CODES, low - margin, high + margin) * UNIT_CODES
-                + CENTRE_CODE
-            )
-            codes = np.clip(np.rint(value), 1, 65534).astype(np.uint16)
-            inner = (slice(None), rows.inner, cols.inner)
+            value = added[k]
+            if line is not None:
+                value = value + _upsampled(line, y, x, value)
+            codes = self._clipped(held, value)
+            evidence, variance = self._doubt(held, *around[cell])
+            spread = np.sqrt(variance).reshape(-1, CELL_PX, CELL_PX)[:, rows.inner, cols.inner]
             outer = (slice(None), rows.outer, cols.outer)
-            out[outer] = np.where(here, codes.reshape(-1, CELL_PX, CELL_PX)[inner], out[outer])
-            spread = (
-                np.sqrt(variance[k]).reshape(-1, CELL_PX, CELL_PX)[inner] * growth[rows.outer, cols.outer]
-            )
-            sigma[outer] = np.where(here, spread, sigma[outer])
-            spoke = (evidence[k] > 0.5).reshape(CELL_PX, CELL_PX)[rows.inner, cols.inner]
+            np.copyto(out[outer], codes[:, rows.inner, cols.inner], where=here)
+            np.copyto(sigma[outer], spread * growth[rows.outer, cols.outer], where=here)
+            spoke = (evidence > 0.5).reshape(CELL_PX, CELL_PX)[rows.inner, cols.inner]
             model[rows.outer, cols.outer] |= here & spoke
+
+    def _clipped(self, held: Held, added: Float32) -> UInt16:
+        """(b, CELL_PX, CELL_PX) codes of linear plus ``added``, held near the looks of each pixel."""
+        low, high = (at[:, held.pixels].astype(np.float32) for at in (held.tile.low, held.tile.high))
+        margin = (high - low) * np.float32(self.options.margin_share) + np.float32(self.options.margin_codes)
+        value = held.tile.rows[-self.n_bands :, held.pixels] + added
+        np.maximum(value, low - margin, out=value)
+        np.minimum(value, high + margin, out=value)
+        codes: UInt16 = np.clip(np.rint(value), 1, 65534).astype(np.uint16)
+        return codes.reshape(-1, CELL_PX, CELL_PX)
+
+
+def _cell_bits(field: Bool, lat: Lattice) -> UInt32:
+    """(cells y, CELL_PX, cells x) a bit for each pixel of a row of a cell."""
+    padded = np.zeros((lat.shape[0] * CELL_PX, lat.shape[1] * CELL_PX), bool)
+    padded[lat.top : lat.top + field.shape[0], lat.left : lat.left + field.shape[1]] = field
+    return np.packbits(padded, axis=1).view(np.uint32).reshape(lat.shape[0], CELL_PX, lat.shape[1])
+
+
+def _count(bits: UInt32) -> Int32:
+    """(k, cells + 1) number of set bits per cell; the last cell shows nothing."""
+    counts = np.bitwise_count(bits).sum(axis=2, dtype=np.int32).reshape(len(bits), -1)
+    return np.pad(counts, ((0, 0), (0, 1)))
+
+
+def _places(dates: list[int], n_dates: int, n_bands: int) -> NDArray[np.int64]:
+    """Rows of a Gram matrix that belong to some of its ``n_dates``: theirs, linear, the ones, the target."""
+    first = [d * n_bands for d in dates]
+    own = np.add.outer(first, np.arange(n_bands)).ravel() if first else np.empty(0, np.int64)
+    return np.concatenate([own, n_dates * n_bands + np.arange(2 * n_bands + 1)]).astype(np.int64)
+
+
+def _upsampled(line: Float32, y: int, x: int, added: Float32) -> Float32:
+    """(b, P) the residual's line in a cell, at what the fit adds there."""
+    per = CELL_PX // GRID_PX
+    rows, cols = (slice((at + 1) * per - 1, (at + 2) * per + 1) for at in (y, x))
+    near = UPSAMPLE @ np.ascontiguousarray(line[:, rows, cols]) @ UPSAMPLE.T
+    constant, slope = near.reshape(2, len(added), -1)
+    result: Float32 = slope * added
+    result += constant
+    return result
 
 
 def _blend(corners: Float32, share: Float32) -> Float32:
@@ -288,37 +390,26 @@ def _blend(corners: Float32, share: Float32) -> Float32:
 
 
 def _pooled(fields: Float32) -> Float32:
-    """(n, c, P) summed over squares of GRID_PX pixels, (n, c, steps, steps)."""
+    """(c, P) summed over squares of GRID_PX pixels, (c, steps, steps)."""
     per = CELL_PX // GRID_PX
-    tall = fields.reshape(len(fields), -1, per, GRID_PX, CELL_PX)
-    rows: Float32 = tall[:, :, :, 0]
-    for k in range(1, GRID_PX):
-        rows = rows + tall[:, :, :, k]
-    wide = rows.reshape(len(fields), -1, per, per, GRID_PX)
-    sums: Float32 = wide[..., 0]
-    for k in range(1, GRID_PX):
-        sums = sums + wide[..., k]
+    tall = fields.reshape(-1, per, GRID_PX, CELL_PX)
+    rows: Float32 = tall[:, :, 0] + tall[:, :, 1]
+    for k in range(2, GRID_PX):
+        rows += tall[:, :, k]
+    wide = rows.reshape(-1, per, per, GRID_PX)
+    sums: Float32 = wide[..., 0] + wide[..., 1]
+    for k in range(2, GRID_PX):
+        sums += wide[..., k]
     return sums
 
 
-def _gaussian(grid: Float32, axis: int, sigma_px: float) -> Float32:
-    """Truncated Gaussian along one axis of the residual grid; plain sums, the same at every position."""
+def _gaussian(grid: Float32, sigma_px: float) -> Float32:
+    """Truncated Gaussian along the last two axes of the residual grid; the same sums at every position."""
     taps = np.exp(-0.5 * (np.arange(-GRID_REACH, GRID_REACH + 1) * GRID_PX / sigma_px) ** 2)
-    taps = (taps / taps.sum()).astype(np.float32)
-    pad = [(0, 0)] * grid.ndim
-    pad[axis] = (GRID_REACH, GRID_REACH)
-    padded = np.pad(grid, pad)
-    smooth = np.zeros_like(grid)
-    for k, tap in enumerate(taps):
-        part = slice(k, k + grid.shape[axis])
-        smooth += tap * (padded[:, part] if axis == 1 else padded[..., part])
+    smooth = grid
+    for axis in (1, 2):
+        smooth = ndimage.correlate1d(smooth, taps / taps.sum(), axis=axis, mode="constant")
     return smooth
-
-
-def _share(counts: Int32) -> Float64:
-    """(dates,) share of the pixels, summed over cells, from counts whose last column is all of them."""
-    total = counts.sum(axis=0)
-    return total[:-1] / max(int(total[-1]), 1)
 
 
 def _linear_variance(swing: Float64) -> Float64:
