@@ -137,16 +137,13 @@ class InlineClient:
         """As many workers as were asked for."""
         return {"workers": dict.fromkeys(range(self.workers))}
 
-    def scatter(self, value: Any, **_: Any) -> Any:
-        """Nothing to send."""
-        return value
-
     def submit(self, function: Any, *args: Any, key: str = "", **_: Any) -> InlineFuture:
         """Defer the work."""
 
         def work() -> Any:
-            self.order.append(key)
-            return function(*args)
+            if key:
+                self.order.append(key)
+            return function(*(arg.result() if isinstance(arg, InlineFuture) else arg for arg in args))
 
         return InlineFuture(work)
 
