@@ -17,8 +17,8 @@ from scipy import ndimage
 
 from pipeline.errors import ConfigError
 from pipeline.regression_fit import one_blas_thread
-from pipeline.regression_lattice import GRID_PX, HALO_PX, RegressionOptions, plan
-from pipeline.regression_windows import Bool, Float32, Group, Int32, UInt16, Windows
+from pipeline.regression_lattice import GRID_PX, HALO_PX, RegressionOptions, Windows, plan
+from pipeline.regression_windows import Bool, Float32, Group, Int32, UInt16
 
 __all__ = ["HALO_PX", "Filled", "RegressionOptions", "fill_acquisition", "fill_series"]
 
@@ -81,13 +81,14 @@ def fill_acquisition(
     clear = _complete(codes, clear)
     n_times, n_bands, height, width = codes.shape
     inside = np.zeros((height, width), bool)
-    inside[core if core is not None else (slice(None), slice(None))] = True
-    observed = clear[anchor] & inside
+    area = core if core is not None else (slice(None), slice(None))
+    inside[area] = True
     gap = inside & ~clear[anchor]
-    out = np.where(observed, codes[anchor], np.uint16(0))
+    out = np.zeros((n_bands, height, width), np.uint16)
+    np.copyto(out[:, *area], codes[anchor][:, *area], where=clear[anchor][area])
     sigma = np.full((n_bands, height, width), np.nan, np.float32)
-    source_date = _nearest_look(clear, days, anchor)
-    source_date[~inside] = 0
+    source_date = np.zeros((height, width), np.int32)
+    source_date[area] = _nearest_look(clear[:, *area], days, anchor)
     model = np.zeros((height, width), bool)
     lattice = plan(gap, row0, col0)
     if n_times > 1 and lattice.nodes:
@@ -152,11 +153,19 @@ def _check(codes: UInt16, clear: Bool, days: Int32, anchor: int) -> None:
 
 
 def _complete(codes: UInt16, clear: Bool) -> Bool:
-    """Clear looks that have data in all bands, layer by layer to keep the temporaries small."""
-    complete = clear.copy()
-    for layer, looks in zip(codes, complete, strict=True):
-        for band in layer:
-            looks &= band != 0
+    """Clear looks that have data in all bands, layer by layer to keep the temporaries small; copied if needed."""
+    complete = clear
+    has_data = np.empty(clear.shape[1:], bool)
+    for t, looks in enumerate(clear):
+        if not looks.any():
+            continue
+        full = looks.copy()
+        for band in codes[t]:
+            full &= np.not_equal(band, 0, out=has_data)
+        if not np.array_equal(full, looks):
+            if complete is clear:
+                complete = clear.copy()
+            complete[t] = full
     return complete
 
 
@@ -175,7 +184,7 @@ def _nearest_look(clear: Bool, days: Int32, anchor: int) -> Int32:
         range(len(days)),
         key=lambda t: (t != anchor, abs(int(days[t] - days[anchor])), t),
     ):
-        nearest[clear[t] & ~found] = days[t]
+        np.copyto(nearest, days[t], where=clear[t] & ~found)
         found |= clear[t]
         if found.all():
             break

@@ -68,11 +68,17 @@ class Tile:
     fitted: Bool  # (n,) the anchor and at least one other look are clear
     looked: Bool  # (n,) at least one look besides the anchor
     target: Float32  # (b, n) codes: anchor minus linear where fitted, 0 elsewhere
-    swing: Float32  # (b, n) codes: next minus previous clear look around the anchor, 0 where one is missing
-    both: Bool  # (n,) both of them are there
     low: UInt16  # (b, n) least and largest of the looks
     high: UInt16
     clear: Bool  # (dates, n) which features were seen on their own date, and not closed in time
+
+
+@dataclass(frozen=True)
+class Swing:
+    """How far the looks around the anchor lie apart."""
+
+    values: Float32  # (b, n) codes: next minus previous clear look, 0 where one is missing
+    both: Bool  # (n,) both of them are there
 
 
 @dataclass(frozen=True)
@@ -86,18 +92,9 @@ class NodeFit:
     closed_variance: Float32  # (b, dates) code^2: what a date adds where it is itself a gap closed in time
 
 
-def candidate_dates(days: NDArray[np.int32], anchor: int, most: int) -> list[int]:
-    """The ``most`` dates nearest to the anchor, in time order; by days alone, hence the same everywhere."""
-    order = sorted(
-        (t for t in range(len(days)) if t != anchor),
-        key=lambda t: (abs(int(days[t] - days[anchor])), t),
-    )
-    return sorted(order[:most])
-
-
 def tile_features(
     codes: UInt16, clear: Bool, away: Float32, anchor: tuple[UInt16, Bool], place: int, dates: Sequence[int]
-) -> Tile:
+) -> tuple[Tile, Swing]:
     """Features of some cells.
 
     Args:
@@ -109,8 +106,8 @@ def tile_features(
         dates: indices of the looks that become features, ascending.
 
     Returns:
-        A :class:`Tile`. A date's gaps are closed linearly in time from all other looks **but the anchor**:
-        with it, the fit would learn from its own answer. Features are rounded to whole codes, so that sums
+        A :class:`Tile` and the :class:`Swing`. A date's gaps are closed linearly in time from all other
+        looks **but the anchor**: with it, the fit would learn from its own answer. Features are rounded to whole codes, so that sums
         of their products are exact whatever else is in the tile.
     """
     n_bands, pixels = codes.shape[1:]
@@ -145,7 +142,7 @@ def tile_features(
             step -= first
             if t == ANCHOR:
                 both = (before_day[k] > -FAR_DAYS) & (day < FAR_DAYS)
-                swing = step * both
+                swing = Swing(step * both, both)
             step *= _time_share(np.float32(0.0) if t == ANCHOR else away[t], before_day[k], day)
             step += first
             np.rint(step, out=step)
@@ -153,7 +150,8 @@ def tile_features(
     low += np.uint16(1)
     fitted = anchor[1] & looked
     target = (anchor[0].astype(np.float32) - rows[-1]) * fitted
-    return Tile(rows.reshape(-1, pixels), fitted, looked, target, swing, both, low, high, clear[np.array(dates, int)])
+    clear = clear[np.array(dates, int)]
+    return Tile(rows.reshape(-1, pixels), fitted, looked, target, low, high, clear), swing
 
 
 def _carry_on(carry: UInt16, codes: UInt16, keep: UInt16, changed: UInt16) -> None:

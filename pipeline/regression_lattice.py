@@ -1,8 +1,9 @@
-"""In: where an array with gaps lies. Out: its lattice of cells and nodes, and which have work to do.
+"""In: where an array with gaps lies. Out: its lattice of cells and nodes, which have work to do, on which dates.
 
-The lowest part of :mod:`pipeline.regression`: its options, the lattice fixed to the global pixel index, and
-the constant weights that belong to it. A cell is a square of pixels; nodes stand on corners of cells; a
-node is fitted on the window of cells around it, and a pixel blends the four nodes around it.
+The lowest part of :mod:`pipeline.regression`: its options, the lattice fixed to the global pixel index, what
+the clear looks alone decide (:class:`Windows`) and the constant weights that belong to it. A cell is a square
+of pixels; nodes stand on corners of cells; a node is fitted on the window of cells around it, and a pixel
+blends the four nodes around it.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ MOST_CANDIDATES = 32  # dates that get features at all
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
+Int32 = NDArray[np.int32]
+UInt32 = NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,72 @@ def plan(gap: Bool, row0: int, col0: int) -> Lattice:
     return Lattice(top, left, first, shape, predicted, sorted(nodes), needed)
 
 
+class Windows:
+    """What the clear looks alone tell of cells and nodes: the same for all groups of bands."""
+
+    def __init__(self, clear: Bool, days: Int32, anchor: int, lattice: Lattice, options: RegressionOptions) -> None:
+        self.clear, self.days, self.anchor, self.lattice = clear, days, anchor, lattice
+        self.candidates = candidate_dates(days, anchor, MOST_CANDIDATES)
+        bits = np.stack([_cell_bits(layer, lattice) for layer in clear])
+        self.clear_px = _count(bits)  # (T, cells + 1), the last cell being the one that shows nothing
+        looked = np.zeros_like(bits[0])
+        for t in range(len(days)):
+            if t != anchor:
+                looked |= bits[t]
+        fitted = bits[anchor] & looked
+        gap = looked & ~fitted
+        self.looked_px, self.fitted_px, self.gap_px = (_count(at[None])[0] for at in (looked, fitted, gap))
+        unseen = ~bits[self.candidates]
+        # pixels where a date's feature is closed in time: in the gaps, and where fitted
+        self.closed_gap, self.closed_fit = _count(unseen & gap), _count(unseen & fitted)
+        nearest = np.argsort(np.abs(days[self.candidates] - days[anchor]), kind="stable")
+        self.chosen = {node: self._choose(node, nearest.tolist(), options) for node in lattice.nodes}
+        self.wanted = self._wanted()
+
+    def cells(self, node: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The cells of a node's window, row by row, and their global parity (the held-out patch)."""
+        lat = self.lattice
+        ys, xs = (
+            at * STRIDE_CELLS - first + np.arange(-REACH_CELLS, REACH_CELLS)
+            for at, first in zip(node, lat.first, strict=True)
+        )
+        flat = ys[:, None] * lat.shape[1] + xs[None]
+        within = ((ys >= 0) & (ys < lat.shape[0]))[:, None] & ((xs >= 0) & (xs < lat.shape[1]))
+        folds = ((ys + lat.first[0]) % 2 * 2)[:, None] + (xs + lat.first[1]) % 2
+        return np.where(within, flat, lat.shape[0] * lat.shape[1]).ravel(), folds.ravel()
+
+    def closed_more(self, window: NDArray[np.int64]) -> Float64:
+        """(candidates,) share of gap pixels where a date is closed in time, less that of fitted pixels."""
+        near = window[NEAR]
+        in_gap = self.closed_gap[:, near].sum(axis=1) / max(int(self.gap_px[near].sum()), 1)
+        in_fit = self.closed_fit[:, window].sum(axis=1) / max(int(self.fitted_px[window].sum()), 1)
+        return np.maximum(in_gap - in_fit, 0.0)
+
+    def _choose(self, node: tuple[int, int], nearest_first: list[int], options: RegressionOptions) -> list[int] | None:
+        """The dates a node uses, as places among the candidates; None where nothing can be fitted."""
+        window, _ = self.cells(node)
+        if not self.fitted_px[window].any():
+            return None
+        looked = max(int(self.looked_px[window].sum()), 1)
+        share = self.clear_px[:, window].sum(axis=1)[self.candidates] / looked
+        enough = [d for d in nearest_first if share[d] > options.least_clear_share]
+        return sorted(enough[: options.dates])
+
+    def _wanted(self) -> Bool:
+        """(cells y, x, candidates) dates some node learns from in a cell, or adds to it."""
+        lat = self.lattice
+        learnt = np.zeros((*lat.shape, len(self.candidates)), bool)
+        applied = np.zeros_like(learnt)
+        for node, dates in self.chosen.items():
+            if dates:
+                y, x = (at * STRIDE_CELLS - first for at, first in zip(node, lat.first, strict=True))
+                for field, reach in ((learnt, REACH_CELLS), (applied, STRIDE_CELLS)):
+                    rows = slice(max(y - reach, 0), max(y + reach, 0))
+                    field[rows, max(x - reach, 0) : max(x + reach, 0), dates] = True
+        learnt &= (self.fitted_px[:-1] > 0).reshape(lat.shape)[..., None]
+        return learnt | (applied & lat.predicted[..., None])
+
+
 @dataclass(frozen=True)
 class Overlap:
     """Where a piece meets an array, along one axis."""
@@ -109,6 +178,28 @@ def overlap(start: int, length: int, size: int) -> Overlap:
     """Where a piece of ``length`` at ``start`` meets an axis of ``size``."""
     low, high = max(start, 0), min(start + length, size)
     return Overlap(slice(low, high), slice(low - start, high - start))
+
+
+def candidate_dates(days: NDArray[np.int32], anchor: int, most: int) -> list[int]:
+    """The ``most`` dates nearest to the anchor, in time order; by days alone, hence the same everywhere."""
+    order = sorted(
+        (t for t in range(len(days)) if t != anchor),
+        key=lambda t: (abs(int(days[t] - days[anchor])), t),
+    )
+    return sorted(order[:most])
+
+
+def _cell_bits(field: Bool, lat: Lattice) -> UInt32:
+    """(cells y, CELL_PX, cells x) a bit for each pixel of a row of a cell."""
+    padded = np.zeros((lat.shape[0] * CELL_PX, lat.shape[1] * CELL_PX), bool)
+    padded[lat.top : lat.top + field.shape[0], lat.left : lat.left + field.shape[1]] = field
+    return np.packbits(padded, axis=1).view(np.uint32).reshape(lat.shape[0], CELL_PX, lat.shape[1])
+
+
+def _count(bits: UInt32) -> Int32:
+    """(k, cells + 1) number of set bits per cell; the last cell shows nothing."""
+    counts = np.bitwise_count(bits).sum(axis=2, dtype=np.int32).reshape(len(bits), -1)
+    return np.pad(counts, ((0, 0), (0, 1)))
 
 
 def _taper() -> Float64:

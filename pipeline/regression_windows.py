@@ -1,7 +1,7 @@
 """In: looks around an acquisition and its gaps. Out: the gaps filled, for a group of bands.
 
-The middle of :mod:`pipeline.regression`: which cells and nodes of the lattice have work to do
-(:func:`plan`), then the cells are read once, the nodes fitted, their predictions blended bilinearly and the
+The middle of :mod:`pipeline.regression`: the cells of the lattice that have work to do are
+read once, with the dates that their nodes use, the nodes fitted, their predictions blended bilinearly and the
 residual of the clear pixels carried into the gaps (:class:`Group`). The numbers behind a node are in
 :mod:`pipeline.regression_fit`.
 """
@@ -16,8 +16,8 @@ from scipy import ndimage
 from pipeline.regression_fit import (
     CENTRE_CODE,
     NodeFit,
+    Swing,
     Tile,
-    candidate_dates,
     cell_gram,
     fit_node,
     no_fit,
@@ -28,14 +28,12 @@ from pipeline.regression_lattice import (
     CELL_PX,
     GRID_PX,
     GRID_REACH,
-    MOST_CANDIDATES,
     NEAR,
-    REACH_CELLS,
     STRIDE_CELLS,
     TAPER,
     UPSAMPLE,
-    Lattice,
     RegressionOptions,
+    Windows,
     overlap,
 )
 
@@ -43,79 +41,12 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 UInt16 = NDArray[np.uint16]
-UInt32 = NDArray[np.uint32]
 Int32 = NDArray[np.int32]
 
 RUN_CELLS = 16  # cells of a row worked on at a time: the working set stays in the cache
 RESIDUAL_FLOOR = 0.01  # below this share of clear ground within reach a residual fades out
 GUIDE_SHRINK = np.float32(0.1)  # of the guide's mean square: what the line must overcome
 GUIDE_NOISE_CODES = np.float32(50.0)
-
-
-class Windows:
-    """What the clear looks alone tell of cells and nodes: the same for all groups of bands."""
-
-    def __init__(self, clear: Bool, days: Int32, anchor: int, lattice: Lattice, options: RegressionOptions) -> None:
-        self.clear, self.days, self.anchor, self.lattice = clear, days, anchor, lattice
-        self.candidates = candidate_dates(days, anchor, MOST_CANDIDATES)
-        bits = np.stack([_cell_bits(layer, lattice) for layer in clear])
-        self.clear_px = _count(bits)  # (T, cells + 1), the last cell being the one that shows nothing
-        looked = np.zeros_like(bits[0])
-        for t in range(len(days)):
-            if t != anchor:
-                looked |= bits[t]
-        fitted = bits[anchor] & looked
-        gap = looked & ~fitted
-        self.looked_px, self.fitted_px, self.gap_px = (_count(at[None])[0] for at in (looked, fitted, gap))
-        unseen = ~bits[self.candidates]
-        # pixels where a date's feature is closed in time: in the gaps, and where fitted
-        self.closed_gap, self.closed_fit = _count(unseen & gap), _count(unseen & fitted)
-        nearest = np.argsort(np.abs(days[self.candidates] - days[anchor]), kind="stable")
-        self.chosen = {node: self._choose(node, nearest.tolist(), options) for node in lattice.nodes}
-        self.wanted = self._wanted()
-
-    def cells(self, node: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The cells of a node's window, row by row, and their global parity (the held-out patch)."""
-        lat = self.lattice
-        ys, xs = (
-            at * STRIDE_CELLS - first + np.arange(-REACH_CELLS, REACH_CELLS)
-            for at, first in zip(node, lat.first, strict=True)
-        )
-        flat = ys[:, None] * lat.shape[1] + xs[None]
-        within = ((ys >= 0) & (ys < lat.shape[0]))[:, None] & ((xs >= 0) & (xs < lat.shape[1]))
-        folds = ((ys + lat.first[0]) % 2 * 2)[:, None] + (xs + lat.first[1]) % 2
-        return np.where(within, flat, lat.shape[0] * lat.shape[1]).ravel(), folds.ravel()
-
-    def closed_more(self, window: NDArray[np.int64]) -> Float64:
-        """(candidates,) share of gap pixels where a date is closed in time, less that of fitted pixels."""
-        near = window[NEAR]
-        in_gap = self.closed_gap[:, near].sum(axis=1) / max(int(self.gap_px[near].sum()), 1)
-        in_fit = self.closed_fit[:, window].sum(axis=1) / max(int(self.fitted_px[window].sum()), 1)
-        return np.maximum(in_gap - in_fit, 0.0)
-
-    def _choose(self, node: tuple[int, int], nearest_first: list[int], options: RegressionOptions) -> list[int] | None:
-        """The dates a node uses, as places among the candidates; None where nothing can be fitted."""
-        window, _ = self.cells(node)
-        if not self.fitted_px[window].any():
-            return None
-        looked = max(int(self.looked_px[window].sum()), 1)
-        share = self.clear_px[:, window].sum(axis=1)[self.candidates] / looked
-        enough = [d for d in nearest_first if share[d] > options.least_clear_share]
-        return sorted(enough[: options.dates])
-
-    def _wanted(self) -> Bool:
-        """(cells y, x, candidates) dates some node learns from in a cell, or adds to it."""
-        lat = self.lattice
-        learnt = np.zeros((*lat.shape, len(self.candidates)), bool)
-        applied = np.zeros_like(learnt)
-        for node, dates in self.chosen.items():
-            if dates:
-                y, x = (at * STRIDE_CELLS - first for at, first in zip(node, lat.first, strict=True))
-                for field, reach in ((learnt, REACH_CELLS), (applied, STRIDE_CELLS)):
-                    rows = slice(max(y - reach, 0), max(y + reach, 0))
-                    field[rows, max(x - reach, 0) : max(x + reach, 0), dates] = True
-        learnt &= (self.fitted_px[:-1] > 0).reshape(lat.shape)[..., None]
-        return learnt | (applied & lat.predicted[..., None])
 
 
 @dataclass(frozen=True)
@@ -137,7 +68,7 @@ class Group:
         self._read_cells()
         self.fits = {node: self._fit(node) for node in self.lattice.nodes}
 
-    def _tiles(self) -> Iterator[tuple[NDArray[np.int64], list[int], Tile]]:
+    def _tiles(self) -> Iterator[tuple[NDArray[np.int64], list[int], Tile, Swing]]:
         """Runs of needed cells of a row: (cells, dates, features)."""
         lat, win = self.lattice, self.windows
         for y in range(lat.shape[0]):
@@ -153,18 +84,15 @@ class Group:
                 shown[win.anchor] = False
                 looks = np.flatnonzero(shown)
                 codes, clear = self._load(y, xs, [*looks.tolist(), win.anchor])
-                yield (
-                    cells,
-                    dates,
-                    tile_features(
-                        codes[:-1],
-                        clear[:-1],
-                        (win.days[looks] - win.days[win.anchor]).astype(np.float32),
-                        (codes[-1], clear[-1]),
-                        int((looks < win.anchor).sum()),
-                        np.searchsorted(looks, times).tolist(),
-                    ),
+                tile, swing = tile_features(
+                    codes[:-1],
+                    clear[:-1],
+                    (win.days[looks] - win.days[win.anchor]).astype(np.float32),
+                    (codes[-1], clear[-1]),
+                    int((looks < win.anchor).sum()),
+                    np.searchsorted(looks, times).tolist(),
                 )
+                yield cells, dates, tile, swing
 
     def _load(self, y: int, xs: NDArray[np.int64], times: list[int]) -> tuple[UInt16, Bool]:
         """Codes ``(times, b, n)`` and clear looks ``(times, n)`` of some cells, cell after cell.
@@ -195,12 +123,12 @@ class Group:
         self.swing_fit = np.zeros((n_cells, self.n_bands + 1))
         predicted = lat.predicted.ravel()
         self.held: dict[int, Held] = {}
-        for cells, dates, tile in self._tiles():
+        for cells, dates, tile, swing in self._tiles():
             kept = _places(dates, len(win.candidates), self.n_bands)
-            squares = tile.swing**2
+            squares = swing.values**2
             for sums, where in (
-                (self.swing_gap, tile.both & ~tile.fitted),
-                (self.swing_fit, tile.both & tile.fitted),
+                (self.swing_gap, swing.both & ~tile.fitted),
+                (self.swing_fit, swing.both & tile.fitted),
             ):
                 sums[cells, :-1] = (squares * where).reshape(self.n_bands, len(cells), -1).sum(axis=2).T
                 sums[cells, -1] = np.count_nonzero(where.reshape(len(cells), -1), axis=1)
@@ -348,19 +276,6 @@ class Group:
         np.minimum(value, high + margin, out=value)
         codes: UInt16 = np.clip(np.rint(value), 1, 65534).astype(np.uint16)
         return codes.reshape(-1, CELL_PX, CELL_PX)
-
-
-def _cell_bits(field: Bool, lat: Lattice) -> UInt32:
-    """(cells y, CELL_PX, cells x) a bit for each pixel of a row of a cell."""
-    padded = np.zeros((lat.shape[0] * CELL_PX, lat.shape[1] * CELL_PX), bool)
-    padded[lat.top : lat.top + field.shape[0], lat.left : lat.left + field.shape[1]] = field
-    return np.packbits(padded, axis=1).view(np.uint32).reshape(lat.shape[0], CELL_PX, lat.shape[1])
-
-
-def _count(bits: UInt32) -> Int32:
-    """(k, cells + 1) number of set bits per cell; the last cell shows nothing."""
-    counts = np.bitwise_count(bits).sum(axis=2, dtype=np.int32).reshape(len(bits), -1)
-    return np.pad(counts, ((0, 0), (0, 1)))
 
 
 def _places(dates: list[int], n_dates: int, n_bands: int) -> NDArray[np.int64]:
