@@ -107,8 +107,8 @@ def tile_features(
 
     Returns:
         A :class:`Tile` and the :class:`Swing`. A date's gaps are closed linearly in time from all other
-        looks **but the anchor**: with it, the fit would learn from its own answer. Features are rounded to whole codes, so that sums
-        of their products are exact whatever else is in the tile.
+        looks **but the anchor**: with it, the fit would learn from its own answer. Features are rounded to
+        whole codes, so that sums of their products are exact whatever else is in the tile.
     """
     n_bands, pixels = codes.shape[1:]
     keep = np.negative(clear.view(np.int8), dtype=np.int16).view(np.uint16)  # all ones where clear

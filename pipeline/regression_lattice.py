@@ -1,4 +1,4 @@
-"""In: where an array with gaps lies. Out: its lattice of cells and nodes, which have work to do, on which dates.
+"""In: where an array with gaps lies. Out: its lattice: cells and nodes with work to do, and their dates.
 
 The lowest part of :mod:`pipeline.regression`: its options, the lattice fixed to the global pixel index, what
 the clear looks alone decide (:class:`Windows`) and the constant weights that belong to it. A cell is a square

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from pipeline import composite
 from pipeline.errors import ConfigError
 from pipeline.regression import HALO_PX, Filled, RegressionOptions, fill_acquisition, fill_series
+from pipeline.regression_fit import cell_gram, tile_features
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from series import cases, grow, read_series
@@ -51,9 +52,7 @@ def field(size: int, *, times: int = 8, bands: int = 3, seed: int = 0, cover: fl
 
 
 def fill(f: Field, anchor: int, row0: int = 0, col0: int = 0, **kwargs: object) -> Filled:
-    return fill_acquisition(
-        codes=f.codes, clear=f.clear, days=f.days, anchor=anchor, row0=row0, col0=col0, **kwargs
-    )
+    return fill_acquisition(codes=f.codes, clear=f.clear, days=f.days, anchor=anchor, row0=row0, col0=col0, **kwargs)
 
 
 def linear(f: Field, anchor: int) -> np.ndarray:
@@ -62,9 +61,7 @@ def linear(f: Field, anchor: int) -> np.ndarray:
     for y, x in np.argwhere(~f.clear[anchor]):
         seen = [t for t in range(len(f.days)) if t != anchor and f.clear[t, y, x]]
         if seen:
-            out[:, y, x] = [
-                np.interp(f.days[anchor], f.days[seen], band[seen]) for band in f.codes[:, :, y, x].T
-            ]
+            out[:, y, x] = [np.interp(f.days[anchor], f.days[seen], band[seen]) for band in f.codes[:, :, y, x].T]
     return out
 
 
@@ -89,26 +86,88 @@ def test_it_beats_linear_and_passes_observed_pixels_through() -> None:
     assert np.mean(ratios) < 0.75
 
 
-def test_bytes_do_not_depend_on_how_blocks_are_cut() -> None:
-    f = field(512, times=5, bands=2)
-    row0, col0 = 1_000_007, -333
-    whole = fill(f, 2, row0, col0)
+CUTS = (
+    (slice(0, 190), slice(0, 300)),
+    (slice(0, 190), slice(300, 512)),
+    (slice(190, 512), slice(0, 77)),
+    (slice(190, 512), slice(77, 512)),
+)
+
+
+def assert_cuts_agree(f: Field, anchor: int, row0: int, col0: int) -> None:
+    """Each of the cuts, with its halo, gives the bytes of the whole."""
+    whole = fill(f, anchor, row0, col0)
     assert whole.model.any()
-    for rows, cols in (
-        (slice(0, 190), slice(0, 300)),
-        (slice(0, 190), slice(300, 512)),
-        (slice(190, 512), slice(0, 77)),
-        (slice(190, 512), slice(77, 512)),
-    ):
+    for rows, cols in CUTS:
         r, c = max(rows.start - HALO_PX, 0), max(cols.start - HALO_PX, 0)
         outer = (slice(r, rows.stop + HALO_PX), slice(c, cols.stop + HALO_PX))
         core = (slice(rows.start - r, rows.stop - r), slice(cols.start - c, cols.stop - c))
         cut = Field(f.truth, f.codes[:, :, *outer], f.clear[:, *outer], f.days)
-        for piece in (fill(cut, 2, row0 + r, col0 + c), fill(cut, 2, row0 + r, col0 + c, core=core)):
+        for piece in (fill(cut, anchor, row0 + r, col0 + c), fill(cut, anchor, row0 + r, col0 + c, core=core)):
             np.testing.assert_array_equal(piece.codes[:, *core], whole.codes[:, rows, cols])
             np.testing.assert_array_equal(piece.sigma[:, *core], whole.sigma[:, rows, cols])
             np.testing.assert_array_equal(piece.model[core], whole.model[rows, cols])
             np.testing.assert_array_equal(piece.source_date[core], whole.source_date[rows, cols])
+
+
+def test_bytes_do_not_depend_on_how_blocks_are_cut() -> None:
+    assert_cuts_agree(field(512, times=5, bands=2), 2, 1_000_007, -333)
+
+
+def test_bytes_do_not_depend_on_the_dates_that_the_rest_of_the_block_uses() -> None:
+    f = field(512, times=7, bands=3, cover=0.25)
+    clear = f.clear.copy()
+    clear[0, :, 250:] = False  # each of these serves in a part of the area only
+    clear[1, 150:] = False
+    clear[4, :200, :] = False
+    clear[5, :, :300] = False
+    clear[3, 380:, 380:] = False  # deep under cloud
+    assert_cuts_agree(Field(f.truth, f.codes, clear, f.days), 3, -12_345, 77)
+
+
+def test_gram_matrices_are_exact_whatever_stands_beside_them() -> None:
+    rng = np.random.default_rng(3)
+    codes = rng.integers(1, 65535, (6, 4, 2 * 1024)).astype(np.uint16)
+    clear = rng.random((6, 2 * 1024)) < 0.6
+    away = np.array([-30, -12, -5, 3, 9, 40], np.float32)
+    own = (rng.integers(1, 65535, (4, 2 * 1024)).astype(np.uint16), rng.random(2 * 1024) < 0.5)
+    every, _ = tile_features(codes, clear, away, own, 3, range(6))
+    some, _ = tile_features(codes, clear, away, own, 3, [1, 4])
+    kept = np.concatenate([np.arange(4, 8), np.arange(16, 20), np.arange(24, 33)])
+    for cell in (0, 1):
+        gram = cell_gram(every, cell)
+        np.testing.assert_array_equal(cell_gram(some, cell), gram[kept[:, None], kept])
+        pixels = slice(cell * 1024, (cell + 1) * 1024)
+        rows = every.rows[:, pixels].astype(object)[:, every.fitted[pixels]] - 2500  # whole numbers of Python
+        assert gram[0, 5] == np.float32(int((rows[0] * rows[5]).sum()) * 1e-3 * 1e-3)
+        assert gram[28, 28] == every.fitted[pixels].sum()
+
+
+def test_features_are_the_looks_closed_linearly_in_time_without_the_anchor() -> None:
+    f = field(32, times=6, bands=2)
+    anchor, others = 2, [0, 1, 3, 4, 5]
+    codes = f.codes[others].reshape(5, 2, -1)
+    clear = f.clear[others].reshape(5, -1)
+    own = (f.codes[anchor].reshape(2, -1), f.clear[anchor].reshape(-1))
+    days = f.days[others]
+    away = (days - f.days[anchor]).astype(np.float32)
+    tile, swing = tile_features(codes, clear, away, own, 2, [0, 3])
+    for pixel in range(0, 1024, 7):
+        seen = np.flatnonzero(clear[:, pixel])
+        assert tile.looked[pixel] == (len(seen) > 0)
+        if not len(seen):
+            continue
+        looks = codes[seen, :, pixel].astype(float)
+        for row, day in ((0, days[0]), (2, days[3]), (4, f.days[anchor])):
+            expected = [np.interp(day, days[seen], band) for band in looks.T]
+            np.testing.assert_allclose(tile.rows[row : row + 2, pixel], expected, atol=0.51)
+        np.testing.assert_array_equal(tile.low[:, pixel], looks.min(axis=0))
+        np.testing.assert_array_equal(tile.high[:, pixel], looks.max(axis=0))
+        earlier, later = seen[seen < 2], seen[seen >= 2]
+        assert swing.both[pixel] == (len(earlier) > 0 and len(later) > 0)
+        if swing.both[pixel]:
+            apart = codes[later[0], :, pixel].astype(float) - codes[earlier[-1], :, pixel]
+            np.testing.assert_array_equal(swing.values[:, pixel], apart)
 
 
 def test_bytes_do_not_depend_on_threads() -> None:
