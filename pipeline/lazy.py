@@ -307,7 +307,7 @@ def _decode(name: str, bands: list[str], layer: da.Array) -> da.Array:
 
 def _to_dates(days: NDArray[np.int32]) -> NDArray[np.datetime64]:
     dates = days.astype("datetime64[D]").astype("datetime64[ns]")
-    dates[days == 0] = np.datetime64("NaT")
+    dates[days == 0] = np.datetime64("NaT", "ns")
     return dates
 
 
