@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.catalog import search
-    from pipeline.config import load_job
+    from pipeline.jobfile import load_job
     from pipeline.lazy import compose, fill_series, grid_for, harmonise, open_cube
     from pipeline.mask import cloud_mask
     from pipeline.mosaic import build
@@ -32,7 +32,7 @@ _HOMES = {
     "fill_series": "pipeline.lazy",
     "grid_for": "pipeline.lazy",
     "harmonise": "pipeline.lazy",
-    "load_job": "pipeline.config",
+    "load_job": "pipeline.jobfile",
     "open_cube": "pipeline.lazy",
     "open_mosaic": "pipeline.store",
     "search": "pipeline.catalog",

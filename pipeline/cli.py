@@ -165,7 +165,7 @@ def mosaic(
     Example: [bold]cloudgate mosaic job.yaml --set method.name=median --out out/median.zarr[/bold]
     """
     with _kind(debug):
-        from pipeline.config import load_job
+        from pipeline.jobfile import load_job
         from pipeline.mosaic import build
         from pipeline.progress import terminal
 
@@ -206,7 +206,7 @@ def plan(
     Example: [bold]cloudgate plan job.yaml[/bold]
     """
     with _kind(debug):
-        from pipeline.config import load_job
+        from pipeline.jobfile import load_job
         from pipeline.mosaic import plan as make_plan
         from pipeline.progress import show_plan
 
@@ -230,8 +230,8 @@ def search(
     Example: [bold]cloudgate search job.yaml --save items.json[/bold]
     """
     with _kind(debug):
-        from pipeline.config import load_job
         from pipeline.frozen import save_items
+        from pipeline.jobfile import load_job
         from pipeline.progress import show_items
         from pipeline.request import resolve
 

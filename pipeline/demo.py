@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from pipeline import metrics
 from pipeline.bands import to_reflectance
-from pipeline.config import METHODS, Job, Method, load_job
+from pipeline.config import METHODS, Job, Method
 from pipeline.grid import Grid
-from pipeline.items import EPOCH
-from pipeline.mosaic import Progress, Silent, Summary, build
+from pipeline.items import day_text
+from pipeline.jobfile import load_job
+from pipeline.mosaic import Summary, build
 from pipeline.reader import close_handles
 from pipeline.records import RunFolder, write_whole
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
+from pipeline.runner import Progress, Silent
 from pipeline.scenes import DemoScenes, served_items, write_demo
 from pipeline.serve import RangeServer, StacServer
 from pipeline.tasks import compose_window
@@ -153,7 +155,7 @@ def score_methods(request: Request, truth: Path, progress: Progress, methods: tu
     acquisitions = acquisitions_of(request, period)
     wanted = truth_at(truth, "clear_look", grid, request.job.bands)
     known = np.isfinite(wanted).all(axis=0)
-    state = _window(truth / "state" / f"{(np.datetime64(EPOCH) + period.target)}.tif", grid, 255)
+    state = _window(truth / "state" / f"{day_text(period.target)}.tif", grid, 255)
     gaps = known & (state > 0)
     scores = []
     progress.begin("methods", len(methods))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline import store as stores
-from pipeline.config import Job, job_json
+from pipeline.config import Job
 from pipeline.errors import StoreMismatchError
+from pipeline.jobfile import job_json
 from pipeline.records import RunFolder
 
 RESULT_VERSION: Final = 1

@@ -19,12 +19,13 @@ from pipeline import regression
 from pipeline.anchors import AnchorMap
 from pipeline.bands import BANDS, CODE_MAX, to_codes, to_reflectance
 from pipeline.block import NO_SIGMA, check_method, compose_block, halo_px, has_uncertainty
-from pipeline.config import METHODS, Area, GridSpec, Method, explain
+from pipeline.config import METHODS, Area, GridSpec, Method
 from pipeline.cube import open_cube as open_items
 from pipeline.errors import ConfigError
 from pipeline.frozen import SearchResult
 from pipeline.grid import Grid
 from pipeline.items import EPOCH
+from pipeline.jobfile import explain
 from pipeline.loaders import Loader
 from pipeline.mask import apply_rule
 from pipeline.region import region_of

@@ -12,24 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from distributed import as_completed
-from distributed.client import FutureCancelledError
-from distributed.scheduler import KilledWorker
 
 from pipeline import store as stores
 from pipeline.bands import rgb_bands
 from pipeline.block import check_method, has_uncertainty
 from pipeline.cluster import connect
-from pipeline.config import Job, job_from_dict, job_json
+from pipeline.config import Job
 from pipeline.errors import (
     ConfigError,
     NoItemsError,
     NothingClearError,
     ReadError,
-    RunError,
     StoreMismatchError,
     TooManyFailuresError,
 )
@@ -37,41 +33,15 @@ from pipeline.frozen import digest, load_items, save_items
 from pipeline.grid import Grid
 from pipeline.identity import RESULT_VERSION, check_store, wish_of
 from pipeline.items import Acquisition, Item, day_text
+from pipeline.jobfile import job_from_dict, job_json
 from pipeline.periods import Period, periods
 from pipeline.planning import Plan, plan_tasks
 from pipeline.reader import dn_to_codes, read_window
-from pipeline.recipe import Recipe
 from pipeline.records import RunFolder, write_whole
 from pipeline.region import region_of
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
+from pipeline.runner import Progress, Silent, run_tasks
 from pipeline.scout import Scouted, coarse_grid
-from pipeline.tasks import Report, Task, run_task
-
-
-class Progress(Protocol):
-    """What a run tells while it goes; the command line draws it."""
-
-    def say(self, text: str) -> None:
-        """One line of news."""
-
-    def begin(self, what: str, total: int) -> None:
-        """A step of ``total`` units begins."""
-
-    def step(self, units: int, *, megabytes: float = 0.0) -> None:
-        """So many units are done, so many megabytes were read for them."""
-
-
-class Silent:
-    """Tells nothing."""
-
-    def say(self, text: str) -> None:
-        """Drop it."""
-
-    def begin(self, what: str, total: int) -> None:
-        """Drop it."""
-
-    def step(self, units: int, *, megabytes: float = 0.0) -> None:
-        """Drop it."""
 
 
 @dataclass
@@ -219,7 +189,7 @@ def _build_period(
     recipe = recipe_of(request, period, acquisitions, seen)
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
-    _run_tasks(recipe, tasks, path, period.slot, run, client, progress)
+    run_tasks(recipe, tasks, path, period.slot, run, client, progress)
     facts = _tally(run.marks(period.slot))
     outcome |= facts | {
         "seconds": round(time.perf_counter() - began, 2),
@@ -227,7 +197,8 @@ def _build_period(
     }
     _check_failures(facts, job)
     if not facts["filled"]:
-        message = f"no look is clear anywhere from {day_text(period.look_start)} to {day_text(period.end)}: all {len(acquisitions)} acquisitions are clouded"
+        span = f"{day_text(period.look_start)} to {day_text(period.end)}"
+        message = f"no look is clear anywhere from {span}: all {len(acquisitions)} acquisitions are clouded"
         if len(request.schedule) == 1:
             raise NothingClearError(f"{message}; widen time or lookback_days, or loosen mask")
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
@@ -247,82 +218,6 @@ def _anchor_names(seen: Scouted, acquisitions: Sequence[Acquisition]) -> list[st
     if seen.anchors is None:
         return []
     return [acquisitions[layer].id if layer >= 0 else "interpolation" for layer in seen.anchors.layers]
-
-
-def _run_tasks(
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    path: Path,
-    slot: int,
-    run: RunFolder,
-    client: Any,
-    progress: Progress,
-) -> None:
-    """Submit with bounded concurrency; mark each shard as its task comes back."""
-    progress.begin("shards", sum(len(task.shards) for task in tasks))
-    if not tasks:
-        return
-    workers = len(client.scheduler_info(n_workers=-1)["workers"])
-    # A task of its own, so that the scheduler can make it again when the worker that holds it dies.
-    shared = client.submit(_same, recipe, pure=False)
-    queue = iter(tasks)
-
-    def submit(task: Task) -> Any:
-        return client.submit(
-            run_task,
-            shared,
-            task,
-            str(path.absolute()),
-            slot,
-            pure=False,
-            retries=1,
-            key=f"task-{slot}-{task.rows[0]}-{task.cols[0]}-{time.monotonic_ns()}",
-        )
-
-    flight = as_completed([submit(task) for _, task in zip(range(2 * workers), queue, strict=False)], loop=client.loop)
-    for future in flight:
-        report = _result(future)
-        for number, shard in enumerate(report.task.shards):
-            run.mark(slot, shard, _facts(report) if number == 0 else {})
-        progress.step(len(report.task.shards), megabytes=report.bytes_read / 1e6)
-        following = next(queue, None)
-        if following is not None:
-            flight.add(submit(following))
-
-
-def _same(recipe: Recipe) -> Recipe:
-    return recipe
-
-
-def _result(future: Any) -> Report:
-    """The report of a finished task.
-
-    Raises:
-        RunError: if the workers that held it died; what a task itself raises comes as it is.
-    """
-    try:
-        report: Report = future.result()
-    except (KilledWorker, FutureCancelledError) as error:
-        raise RunError(
-            f"a task's workers died ({type(error).__name__}), most likely for want of memory; raise "
-            "limits.memory_gb_per_worker, or lower cluster.workers or grid.shard_px, then run the same command again: it "
-            "goes on after the last finished shard"
-        ) from error
-    return report
-
-
-def _facts(report: Report) -> dict[str, Any]:
-    return {
-        "seconds": round(report.seconds, 3),
-        "read_seconds": round(report.read_seconds, 3),
-        "bytes_read": report.bytes_read,
-        "reads": report.reads,
-        "failures": [list(f) for f in report.failures[:200]],
-        "failed": len(report.failures),
-        "filled": report.filled,
-        "unfilled": report.unfilled,
-        "outside": report.outside,
-    }
 
 
 def status(store: str | Path) -> dict[str, Any]:
@@ -376,9 +271,9 @@ def _check_failures(facts: dict[str, Any], job: Job) -> None:
     if share > job.limits.max_failed_fraction:
         listed = "; ".join(f"{item} {band}: {why}" for item, band, why in facts["failures"][:5])
         raise TooManyFailuresError(
-            f"{facts['failed']} of {facts['reads']} reads failed ({100 * share:.1f} %, limits.max_failed_fraction allows "
-            f"{100 * job.limits.max_failed_fraction:.1f} %): {listed}. Nothing was published; mend the source and --restart, "
-            "or raise the limit and run the same command to publish what there is"
+            f"{facts['failed']} of {facts['reads']} reads failed ({100 * share:.1f} %, limits.max_failed_fraction "
+            f"allows {100 * job.limits.max_failed_fraction:.1f} %): {listed}. Nothing was published; mend the source "
+            "and --restart, or raise the limit and run the same command to publish what there is"
         )
 
 

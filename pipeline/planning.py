@@ -126,8 +126,8 @@ def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], tuple[int, int]]:
         needed = peak_bytes(recipe, CUTS_PX[-1], shape) / USABLE / 1e9
         raise ConfigError(
             f"limits.memory_gb_per_worker: {limit} GB cannot hold {len(recipe.acquisitions)} acquisitions x "
-            f"{len(recipe.bands)} bands with shards of {grid.shard_px} px, about {needed:.1f} GB are needed; raise it, or "
-            "lower grid.shard_px"
+            f"{len(recipe.bands)} bands with shards of {grid.shard_px} px, about {needed:.1f} GB are needed; raise it, "
+            "or lower grid.shard_px"
         )
     return best
 

@@ -345,7 +345,7 @@ class ReadPool:
     def submit_codes(
         self, asset: Asset, grid: Grid, offset_dn: int | None, out: NDArray[np.uint16]
     ) -> Future[NDArray[np.uint16]]:
-        """Queue one ``read_codes`` into ``out``, which must not be touched until the future is done; it gives ``out``."""
+        """Queue one ``read_codes`` into ``out``, which nobody may touch until the future is done; it gives ``out``."""
 
         def work() -> NDArray[np.uint16]:
             read_codes(asset, grid, offset_dn=offset_dn, out=out, profile=self.profile)

@@ -17,8 +17,8 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.regression_lattice import CELL_PX
 
-# Codes are centred and scaled before they are squared in float32: at 1e3 codes a unit the relative rounding
-# of a cell's Gram matrix (1e-6) stays far below the ridge.
+# Codes are centred and scaled before a cell's Gram matrix is rounded to float32: the rounding of the sums over
+# cells (1e-6) stays far below the ridge.
 CENTRE_CODE = np.float32(2500.0)
 UNIT_CODES = np.float32(1000.0)
 TRUST_PX = 300.0  # held-out pixels at which the share of the fit that they support is taken at its word

@@ -11,9 +11,7 @@ def polygon(west: float, south: float, east: float, north: float) -> dict[str, A
     return {"type": "Polygon", "coordinates": [ring]}
 
 
-def _feature(
-    name: str, collection: str, version: str, properties: dict[str, Any], assets: dict[str, Any]
-) -> dict:
+def _feature(name: str, collection: str, version: str, properties: dict[str, Any], assets: dict[str, Any]) -> dict:
     return {
         "type": "Feature",
         "stac_version": version,
@@ -50,7 +48,9 @@ def _grid(resolution: int, left: int = 499980, top: int = 5200020) -> dict[str, 
 
 def earth_search() -> dict[str, Any]:
     """Earth Search v1, STAC 1.0: the flag says "applied", ``raster:bands`` says -0.1 all the same."""
-    root = "https://sentinel-cogs.s3.us-west-2.amazonaws.com/sentinel-s2-l2a-cogs/33/T/WM/2023/8/S2A_33TWM_20230815_0_L2A"
+    root = (
+        "https://sentinel-cogs.s3.us-west-2.amazonaws.com/sentinel-s2-l2a-cogs/33/T/WM/2023/8/S2A_33TWM_20230815_0_L2A"
+    )
     jp2 = "s3://sentinel-s2-l2a/tiles/33/T/WM/2023/8/15/0"
     assets: dict[str, Any] = {}
     for name, esa, metres in (
@@ -170,8 +170,7 @@ def cdse() -> dict[str, Any]:
 
     bands = ("B02_10m", "B02_20m", "B03_10m", "B04_10m", "B08_10m", "B8A_20m", "B05_20m")
     assets = {
-        key: asset(key, bands=[{"name": key[:3]}], **{"raster:scale": 0.0001, "raster:offset": -0.1})
-        for key in bands
+        key: asset(key, bands=[{"name": key[:3]}], **{"raster:scale": 0.0001, "raster:offset": -0.1}) for key in bands
     }
     assets["SCL_20m"] = asset("SCL_20m", data_type="uint8")
     properties = {

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Job, job_from_dict
+from pipeline.config import Job
 from pipeline.grid import Grid
+from pipeline.jobfile import job_from_dict
 from pipeline.periods import periods
 from pipeline.planning import plan_tasks
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
@@ -131,7 +132,7 @@ class InlineClient:
         self.workers, self.random = workers, random.Random(seed)
         self.flying: list[InlineFuture] = []
         self.peak, self.order, self.loop = 0, [], None
-        monkeypatch.setattr("pipeline.mosaic.as_completed", self.as_completed)
+        monkeypatch.setattr("pipeline.runner.as_completed", self.as_completed)
 
     def scheduler_info(self, n_workers: int = 5) -> dict[str, Any]:
         """As many workers as were asked for."""

@@ -40,7 +40,15 @@ def _looks(seed=0, bands=3, size=48):
 
 def _compose(name, codes, clear, anchors=None, **more):
     return compose_block(
-        codes=codes, clear=clear, days=DAYS, method=Method(name=name), target=TARGET, anchors=anchors, row0=7, col0=-3, **more
+        codes=codes,
+        clear=clear,
+        days=DAYS,
+        method=Method(name=name),
+        target=TARGET,
+        anchors=anchors,
+        row0=7,
+        col0=-3,
+        **more,
     )
 
 
@@ -79,8 +87,9 @@ def test_two_anchors_blend_in_the_strip_and_nowhere_else():
     weights = np.broadcast_to(weights, (60, 60))
     anchors = AnchorMap(1, 7, -3, (1, 2), np.stack([1 - weights, weights]))
     made = _compose("linear", codes, clear, anchors)
-    first, second = _compose("linear", codes, clear, ONE), _compose(
-        "linear", codes, clear, AnchorMap(1024, -1, -1, (2,), np.ones((1, 3, 3), np.float32))
+    first, second = (
+        _compose("linear", codes, clear, ONE),
+        _compose("linear", codes, clear, AnchorMap(1024, -1, -1, (2,), np.ones((1, 3, 3), np.float32))),
     )
     np.testing.assert_array_equal(made.codes[..., :20], first.codes[..., :20])
     np.testing.assert_array_equal(made.codes[..., 31:], second.codes[..., 31:])

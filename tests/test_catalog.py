@@ -241,9 +241,7 @@ def test_a_missing_mask_names_what_is_there(tmp_path):
 def test_items_that_lack_something_are_dropped_and_listed(tmp_path):
     broken = day(5)
     del broken["assets"]["red"]
-    result = search(
-        catalog=collection_file(tmp_path / "items.json", broken, day(10)), bands=["red"], **AUGUST
-    )
+    result = search(catalog=collection_file(tmp_path / "items.json", broken, day(10)), bands=["red"], **AUGUST)
     assert ids(result) == [day(10)["id"]]
     assert result.dropped[0][0] == broken["id"]
     assert "it lacks red" in result.dropped[0][1]
@@ -336,9 +334,7 @@ def test_the_digest_knows_content_not_places(tmp_path):
     ]
     assert digest(parts[0]) == digest(parts[1])
     there[0]["properties"]["s2:processing_baseline"] = "05.10"
-    assert digest(items) != digest(
-        search(catalog=collection_file(tmp_path / "c.json", *there), **AUGUST).items
-    )
+    assert digest(items) != digest(search(catalog=collection_file(tmp_path / "c.json", *there), **AUGUST).items)
 
 
 def test_a_frozen_file_changed_by_hand_is_refused(tmp_path):

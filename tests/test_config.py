@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Job, job_from_dict, load_job
+from pipeline.config import Job
 from pipeline.errors import ConfigError
+from pipeline.jobfile import job_from_dict, load_job
 from pipeline.periods import periods
 from pipeline.profiles import MaskRule
 
@@ -103,7 +104,10 @@ def test_periods_lie_on_the_calendar_and_the_last_is_cut():
         ("2024-02-01", "2024-02-29"),
         ("2024-03-01", "2024-03-10"),
     ]
-    assert _periods("10 days", "2024-02-01", "2024-03-05")[2:] == [("2024-02-21", "2024-02-29"), ("2024-03-01", "2024-03-05")]
+    assert _periods("10 days", "2024-02-01", "2024-03-05")[2:] == [
+        ("2024-02-21", "2024-02-29"),
+        ("2024-03-01", "2024-03-05"),
+    ]
     assert _periods("week", "2024-01-03", "2024-01-16") == [
         ("2024-01-03", "2024-01-07"),
         ("2024-01-08", "2024-01-14"),
@@ -114,7 +118,9 @@ def test_periods_lie_on_the_calendar_and_the_last_is_cut():
 
 
 def test_look_back_and_target_of_a_period():
-    job = job_from_dict({**GOOD, "time": {"start": "2024-01-01", "end": "2024-02-29", "every": "month", "lookback_days": 20}})
+    job = job_from_dict(
+        {**GOOD, "time": {"start": "2024-01-01", "end": "2024-02-29", "every": "month", "lookback_days": 20}}
+    )
     january, february = periods(job)
     assert (january.slot, february.slot) == (0, 1)
     assert february.look_start == february.start - 20

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.codes import dn_to_codes
-from pipeline.config import load_job
 from pipeline.items import day_text
+from pipeline.jobfile import load_job
 from pipeline.reader import read_window
 from pipeline.records import RunFolder
 from pipeline.store import FLAGS, open_mosaic

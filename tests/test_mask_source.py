@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from pipeline.bands import to_reflectance
 from pipeline.cli import app
-from pipeline.config import job_from_dict
 from pipeline.errors import ConfigError, ItemError
 from pipeline.grid import Grid
+from pipeline.jobfile import job_from_dict
 from pipeline.mask_models import CELL_PX, CONTEXT_PX, lattice_window, mask_model, state_on_lattice
 from pipeline.profiles import load_profile
 from pipeline.reader import dn_to_codes, read_window

@@ -32,9 +32,7 @@ def test_only_scored_pixels_count_and_only_predictions_are_clipped() -> None:
     scored[0, 0] = True
     assert metrics.mae(predicted=predicted, truth=truth, scored=scored) == pytest.approx(0.2 / 3)
     scored[0, 0], scored[1, 1] = False, True
-    assert metrics.mae(predicted=predicted, truth=truth, scored=scored) == pytest.approx(
-        (1 - truth[:, 1, 1]).mean()
-    )
+    assert metrics.mae(predicted=predicted, truth=truth, scored=scored) == pytest.approx((1 - truth[:, 1, 1]).mean())
 
 
 def test_a_uniform_error_of_one_percent_is_forty_decibel_and_biased() -> None:
@@ -106,7 +104,5 @@ def test_nothing_to_score_is_nan() -> None:
 
 
 def test_codes_become_reflectance() -> None:
-    np.testing.assert_allclose(
-        metrics.reflectance(np.array([1000, 1, 11000], np.uint16)), [0.0, -0.0999, 1.0]
-    )
+    np.testing.assert_allclose(metrics.reflectance(np.array([1000, 1, 11000], np.uint16)), [0.0, -0.0999, 1.0])
     assert np.isnan(metrics.reflectance(np.array([0], np.uint16)))[0]

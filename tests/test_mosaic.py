@@ -19,7 +19,7 @@ from small_region import (
     same_objects,
 )
 
-from pipeline import mosaic, planning
+from pipeline import mosaic, planning, runner
 from pipeline.bands import to_reflectance
 from pipeline.errors import NoItemsError, NothingClearError, StoreMismatchError
 from pipeline.grid import Grid
@@ -358,7 +358,7 @@ def test_ten_thousand_tasks_are_never_in_flight_at_once(small, tmp_path, monkeyp
             """One more."""
             marked.append(shard)
 
-    mosaic._run_tasks(None, tasks, tmp_path, 0, Run(), client, mosaic.Silent())
+    runner.run_tasks(None, tasks, tmp_path, 0, Run(), client, runner.Silent())
     assert client.peak == 6
     assert sorted(marked) == [(i, j) for i in range(100) for j in range(100)]
 

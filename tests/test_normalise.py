@@ -158,9 +158,7 @@ def test_broken_projection_is_refused_with_its_value(fields):
     with pytest.raises(ItemError, match="red") as error:
         normalise(raw, EARTH_SEARCH)
     assert str(value) in str(error.value)
-    assert (
-        "red" not in normalise(raw, EARTH_SEARCH, bands=["blue"]).assets
-    )  # a band not asked for does no harm
+    assert "red" not in normalise(raw, EARTH_SEARCH, bands=["blue"]).assets  # a band not asked for does no harm
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from pipeline.bands import BANDS
 from pipeline.cluster import connect
 from pipeline.config import Cluster
 from pipeline.items import Item
-from pipeline.mosaic import Silent, _run_tasks
 from pipeline.planning import peak_bytes, plan_tasks
 from pipeline.records import RunFolder
 from pipeline.request import Request, acquisitions_of, recipe_of, survey
+from pipeline.runner import Silent, run_tasks
 
 TEN = tuple(name for name, band in BANDS.items() if band.resolution_m < 60)
 
@@ -61,7 +61,7 @@ def peak_gb(request: Request, limit_gb: float) -> tuple[float, float]:
     planned = peak_bytes(recipe, recipe.cut_px, shape)
     with tempfile.TemporaryDirectory() as folder, connect(Cluster(workers=1), memory_gb_per_worker=limit_gb) as client:
         store = Path(folder) / "a.zarr"
-        _run_tasks(recipe, tasks[:1], store, 0, RunFolder(store), client, Silent())
+        run_tasks(recipe, tasks[:1], store, 0, RunFolder(store), client, Silent())
         (peak,) = client.run(lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).values()
     return planned / 1e9, peak * 1024 / 1e9
 

@@ -68,9 +68,7 @@ def score(made: list[NDArray[np.uint16]], given: list[Case], seconds: float) -> 
             "truth": metrics.reflectance(case.truth),
             "scored": case.hole & looks,
         }
-        rows.append(
-            (metrics.psnr(**what), metrics.mae(**what), metrics.sam_degrees(**what), metrics.rmse(**what))
-        )
+        rows.append((metrics.psnr(**what), metrics.mae(**what), metrics.sam_degrees(**what), metrics.rmse(**what)))
     return Scores(*(np.array(column) for column in zip(*rows, strict=True)), seconds)
 
 
@@ -99,8 +97,7 @@ def evaluate(series: Series, variant: str, seed: int) -> None:
         scores[name] = score(made, given, time.perf_counter() - begun)
     begun = time.perf_counter()
     filled = [
-        fill_acquisition(codes=c.codes, clear=c.clear, days=c.days, anchor=c.target, row0=0, col0=0)
-        for c in given
+        fill_acquisition(codes=c.codes, clear=c.clear, days=c.days, anchor=c.target, row0=0, col0=0) for c in given
     ]
     seconds = time.perf_counter() - begun
     scores["regression"] = score([f.codes for f in filled], given, seconds)
@@ -134,9 +131,7 @@ def evaluate(series: Series, variant: str, seed: int) -> None:
     if not enough.all() and enough.any():
         gain = (scores["regression"].psnr - bar.psnr)[enough]
         interval = metrics.paired_block_bootstrap(differences=gain, blocks=dates[enough])
-        print(
-            f"{enough.sum()} cases whose target shows {GROUND_PX} clear px or more: {interval} dB vs linear"
-        )
+        print(f"{enough.sum()} cases whose target shows {GROUND_PX} clear px or more: {interval} dB vs linear")
 
 
 def main() -> int:

@@ -46,9 +46,7 @@ class Series:
 class Case:
     """One pasted hole: inputs as a method sees them, and where to score what it returns."""
 
-    codes: NDArray[
-        np.uint16
-    ]  # (T, B, H, W) the looks of the window, with the paste's cloudy pixels in the target
+    codes: NDArray[np.uint16]  # (T, B, H, W) the looks of the window, with the paste's cloudy pixels in the target
     clear: NDArray[np.bool_]  # (T, H, W)
     days: NDArray[np.int32]  # (T,)
     target: int  # index of the target date in these arrays
@@ -62,9 +60,7 @@ def read_series(folder: Path, bands: tuple[str, ...] = ("blue", "green", "red", 
     date."""
     items = sorted((folder / "s2").glob("*/*.json"), key=_datetime)
     if not items:
-        raise FileNotFoundError(
-            f"no items under {folder / 's2'}: point CLOUDGATE_DATA at the folder of the sets"
-        )
+        raise FileNotFoundError(f"no items under {folder / 's2'}: point CLOUDGATE_DATA at the folder of the sets")
     with rasterio.open(items[0].parent / f"{bands[0]}.tif") as first:
         shape, resolution_m = first.shape, first.res[0]
     codes, clm, scl, days = [], [], [], []

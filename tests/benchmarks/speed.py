@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -30,13 +31,14 @@ from rasterio.windows import Window
 from speed_data import BLOCK_PX, EPSG, NORTH_M, WEST_M, area_px, speed_scenes
 
 from pipeline.cluster import connect
-from pipeline.config import Cluster, Job, job_from_dict
+from pipeline.config import Cluster, Job
 from pipeline.grid import Grid
 from pipeline.handles import DEFAULTS
-from pipeline.mosaic import Silent, _run_tasks
+from pipeline.jobfile import job_from_dict
 from pipeline.planning import plan_tasks
 from pipeline.records import RunFolder
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
+from pipeline.runner import Silent, run_tasks
 from pipeline.scenes import served_items
 from pipeline.serve import RangeServer
 
@@ -132,7 +134,7 @@ class Ours:
         job: Job = self.request.job
         recipe, tasks = plan_tasks(self.recipe, job)
         began = time.perf_counter()
-        _run_tasks(recipe, tasks, store, 0, RunFolder(store), self.client, Silent())
+        run_tasks(recipe, tasks, store, 0, RunFolder(store), self.client, Silent())
         seconds = time.perf_counter() - began
         shutil.rmtree(store.parent)
         return seconds
@@ -243,8 +245,7 @@ def main() -> None:
                 catalog = items if source == "disk" else served
                 request = request_of(catalog, "median", shifted=shifted)
                 floors = {
-                    f"floor {n}": (lambda n=n: bare_read(request, n))
-                    for n in ((2,) if source == "disk" else (2, 8, 16))
+                    f"floor {n}": partial(bare_read, request, n) for n in ((2,) if source == "disk" else (2, 8, 16))
                 }
                 ours = {name: Ours(request_of(catalog, name, shifted=shifted), client, folder).run for name in methods}
                 got = alternate({**floors, **ours}, given.runs)
