@@ -67,11 +67,13 @@ def block_bytes(recipe: Recipe, cut_px: tuple[int, int], task_cols: int) -> floa
     cells = (cut_px[0] + around) * (task_cols + around) / recipe.factor**2
     per_pixel = looks * bands * 2 * 2 + looks * 7 + 40
     if recipe.method.name == "regression":
-        per_pixel += min(looks, 40) * min(bands, 4) * 5 + bands * 16
+        per_pixel += min(looks, 33) * (min(bands, 4) * 2 + 1) + 80 + bands * 4
     if recipe.method.name == "geomedian":
         per_pixel += looks * bands * 4
     if recipe.method.name == "medoid":
         per_pixel += looks * 4
+    if recipe.mask_model:
+        cells *= 1 + 2 * bands / max(looks, 1)  # a detector reads all bands of a few scenes at a time
     return pixels * per_pixel + cells * looks * 5
 
 
