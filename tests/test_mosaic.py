@@ -19,7 +19,7 @@ from small_region import (
     same_objects,
 )
 
-from pipeline import mosaic, planning, runner
+from pipeline import planning, runner
 from pipeline.bands import to_reflectance
 from pipeline.errors import NoItemsError, NothingClearError, StoreMismatchError
 from pipeline.grid import Grid
