@@ -16,7 +16,6 @@ _SETTINGS = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.98,
     "distributed.admin.system-monitor.gil.enabled": False,
-    "distributed.scheduler.work-stealing": False,
 }
 
 ANSWER_S = 20.0

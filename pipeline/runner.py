@@ -55,8 +55,10 @@ def run_tasks(
     if not tasks:
         return
     workers = len(client.scheduler_info(n_workers=-1)["workers"])
-    # A task of its own, so that the scheduler can make it again when the worker that holds it dies.
+    # A task of its own, so that the scheduler can make it again when its holders die; a copy on every worker, since
+    # the scheduler would else send all tasks to the one that has it.
     shared = client.submit(_same, recipe, pure=False)
+    client.replicate([shared])
     queue = iter(tasks)
 
     def submit(task: Task) -> Any:

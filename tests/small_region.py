@@ -138,6 +138,9 @@ class InlineClient:
         """As many workers as were asked for."""
         return {"workers": dict.fromkeys(range(self.workers))}
 
+    def replicate(self, futures: Any) -> None:
+        """Nothing to copy."""
+
     def submit(self, function: Any, *args: Any, key: str = "", **_: Any) -> InlineFuture:
         """Defer the work."""
 

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -143,13 +143,19 @@ class Ours:
 # -- peers ------------------------------------------------------------------------------------------------------
 
 
+def peer_odc_threads(request: Request, client: Any, folder: Path) -> float:
+    """Without a cluster, as a script would: Dask's threads."""
+    del client
+    return peer_odc(request, None, folder)
+
+
 def peer_odc(request: Request, client: Any, folder: Path) -> float:
     import odc.stac
     import pystac
 
     items = [pystac.Item.from_dict(feature) for feature in _features(request)]
     began = time.perf_counter()
-    with client.as_current():
+    with client.as_current() if client else nullcontext():
         cube = odc.stac.load(
             items,
             bands=[*BANDS, "scl"],
@@ -208,6 +214,9 @@ def _median_to_zarr(bands: Any, scl: Any, folder: Path) -> None:
 # -- the table --------------------------------------------------------------------------------------------------
 
 
+PEERS = (("odc-stac", peer_odc), ("odc-stac, threads", peer_odc_threads), ("stackstac", peer_stackstac))
+
+
 def alternate(candidates: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
     """Median seconds of each candidate over alternating runs, after one run that does not count."""
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -252,7 +261,7 @@ def main() -> None:
                 floor = min(value for name, value in got.items() if name.startswith("floor"))
                 row = {"where": where, "floor": floor, **{name: got[name] for name in methods}}
                 if given.peers and not shifted:
-                    for name, peer in (("odc-stac", peer_odc), ("stackstac", peer_stackstac)):
+                    for name, peer in PEERS:
                         row[name] = statistics.median(peer(request, client, folder) for _ in range(given.peers))
                         print(f"  {name}: {row[name]:.1f}", flush=True)
                 rows.append(row)
@@ -264,12 +273,13 @@ def report(rows: list[dict[str, Any]], methods: list[str]) -> None:
     print(
         "\n| source, grid | floor (s) |"
         + "".join(f" {m} (s) | x floor |" for m in methods)
-        + " odc-stac (s) | stackstac (s) | odc-stac / median |"
+        + "".join(f" {name} (s) |" for name, _ in PEERS)
+        + " odc-stac / median |"
     )
     print("|---|---|" + "---|---|" * len(methods) + "---|---|---|")
     for row in rows:
         cells = "".join(f" {row[m]:.2f} | {row[m] / row['floor']:.2f} |" for m in methods)
-        peers = " | ".join(f"{row[p]:.1f}" if p in row else "-" for p in ("odc-stac", "stackstac"))
+        peers = " | ".join(f"{row[p]:.1f}" if p in row else "-" for p, _ in PEERS)
         factor = f"{row['odc-stac'] / row['median']:.1f}" if "odc-stac" in row and "median" in row else "-"
         print(f"| {row['where']} | {row['floor']:.2f} |{cells} {peers} | {factor} |")
     if "regression" in methods and "median" in methods:

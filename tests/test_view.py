@@ -1,0 +1,87 @@
+"""The preview: what it shows is what the store holds, of the period that was asked for."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import store
+from pipeline.bands import to_codes
+from pipeline.errors import ConfigError, StoreMismatchError
+from pipeline.grid import Grid
+from pipeline.periods import Period
+from pipeline.records import RunFolder, write_whole
+from pipeline.view import FLAG_COLOURS, NO_DATA, preview, ramp, stretch
+
+GRID = Grid("EPSG:32633", 10.0, (0.0, 0.0), -510000, 49998, 64, 96, 64)
+PERIODS = (Period(0, 19000, 19009, 19000, 19005), Period(1, 19010, 19019, 19010, 19015))
+BANDS = ("red", "green", "blue")
+
+
+@pytest.fixture
+def mosaic(tmp_path):
+    """Two periods, left third no data, middle observed, right composed; the picture before is red, then blue."""
+    path = tmp_path / "m.zarr"
+    about = {}
+    for period in PERIODS:
+        flags = np.repeat(np.array([1, 2, 4], np.uint16), 32)[None].repeat(64, axis=0)
+        ground = np.where(flags == 1, 0, np.random.default_rng(period.slot).integers(1500, 3000, GRID.shape))
+        for col in (0, 64):
+            part = (slice(None), slice(col, min(col + 64, 96)))
+            layers = {band: ground[part].astype(np.uint16) for band in BANDS}
+            layers |= {
+                "clear_count": np.where(flags[part] == 1, 0, 3).astype(np.uint16),
+                "source_date": np.where(flags[part] == 1, 0, period.target).astype(np.int32),
+                "flags": flags[part],
+            }
+            store.write_region(path, GRID, period.slot, (0, 64), (col, min(col + 64, 96)), layers)
+        about[str(period.slot)] = {"target": str(np.datetime64(period.target, "D")), "method": {"name": "median"}}
+        colour = np.full((3, 64, 96), 0.02)
+        colour[0 if period.slot == 0 else 2] = 0.5
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, codes=to_codes(colour), name=np.array("a day"))
+        write_whole(RunFolder(path).period(period.slot) / "before.npz", buffer.getvalue())
+    attrs = {"title": "test", "cloudgate": {"layout": 1, "periods": about}}
+    store.publish(
+        path, GRID, BANDS, uncertainty=False, schedule=PERIODS, published=[True, True], attrs=attrs
+    )
+    return path
+
+
+def _count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
+    return int((picture == colour).all(axis=-1).sum())
+
+
+def test_the_panels_hold_the_store_s_numbers(mosaic, tmp_path):
+    picture = np.asarray(Image.open(preview(store=mosaic, out=tmp_path / "p.png")))
+    observed, composed = (_count(picture, FLAG_COLOURS[n]) for n in ("observed_at_anchor", "composed_in_time"))
+    assert observed > 20_000  # a third of a panel of 460 px
+    assert abs(observed - composed) < 0.02 * observed
+    assert _count(picture, NO_DATA) > 3 * 0.9 * observed  # after, source date, flags
+
+
+def test_the_picture_before_is_of_the_period_asked_for(mosaic, tmp_path):
+    reds = []
+    for period in (0, 1, -1):
+        picture = np.asarray(Image.open(preview(store=mosaic, out=tmp_path / "p.png", period=period))).astype(int)
+        reds.append(int(((picture[..., 0] - picture[..., 2]) > 150).sum()))
+    assert reds[0] > 50_000
+    assert reds[1] < 0.1 * reds[0]
+    assert reds[2] == reds[1]
+
+
+def test_a_period_or_store_that_is_not_there(mosaic, tmp_path):
+    with pytest.raises(ConfigError, match="2 finished periods"):
+        preview(store=mosaic, out=tmp_path / "p.png", period=2)
+    with pytest.raises(StoreMismatchError, match="no finished mosaic"):
+        preview(store=tmp_path / "none.zarr", out=tmp_path / "p.png")
+
+
+def test_missing_values_are_grey_and_the_ramp_rises():
+    assert tuple(ramp(np.array([[np.nan]]), 0, 1)[0, 0]) == NO_DATA
+    steps = ramp(np.linspace(0, 1, 20)[None], 0, 1)[0].astype(int).sum(axis=1)
+    assert (np.diff(steps) > 0).all()
+    image = np.full((3, 2, 2), 0.2, np.float32)
+    image[:, 0, 0] = np.nan
+    assert tuple(stretch(image, image)[0, 0]) == NO_DATA
