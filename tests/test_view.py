@@ -43,9 +43,7 @@ def mosaic(tmp_path):
         np.savez_compressed(buffer, codes=to_codes(colour), name=np.array("a day"))
         write_whole(RunFolder(path).period(period.slot) / "before.npz", buffer.getvalue())
     attrs = {"title": "test", "cloudgate": {"layout": 1, "periods": about}}
-    store.publish(
-        path, GRID, BANDS, uncertainty=False, schedule=PERIODS, published=[True, True], attrs=attrs
-    )
+    store.publish(path, GRID, BANDS, uncertainty=False, schedule=PERIODS, published=[True, True], attrs=attrs)
     return path
 
 
