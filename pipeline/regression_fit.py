@@ -35,29 +35,17 @@ Bool = NDArray[np.bool_]
 UInt16 = NDArray[np.uint16]
 
 _blas_lock = threading.Lock()
-_blas_users = 0
-_blas_limits: list[threadpool_limits] = []
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Hold BLAS to one thread, since the order of its sums may follow the number of threads.
+    """Hold BLAS to one thread and to one caller, since the order of its sums may follow either.
 
-    The setting belongs to the process; users are counted, so that a thread that finishes first does not
-    lift the limit from under another one.
+    The setting belongs to the process. Two threads at a time were seen to differ by one code in a few pixels, so
+    within a process blocks are fitted one after the other; processes do not hinder each other.
     """
-    global _blas_users
-    with _blas_lock:
-        if _blas_users == 0:
-            _blas_limits.append(threadpool_limits(limits=1, user_api="blas"))
-        _blas_users += 1
-    try:
+    with _blas_lock, threadpool_limits(limits=1, user_api="blas"):
         yield
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if _blas_users == 0:
-                _blas_limits.pop().restore_original_limits()
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,9 @@ class SomeWorkers:
         """Those some."""
         return {"workers": dict.fromkeys(self.chosen)}
 
-    def scatter(self, value: Any, **more: Any) -> Any:
+    def replicate(self, futures: Any) -> None:
         """To those some."""
-        return self.client.scatter(value, workers=self.chosen, **more)
+        self.client.replicate(futures, workers=self.chosen)
 
     def submit(self, *args: Any, **more: Any) -> Any:
         """On those some."""

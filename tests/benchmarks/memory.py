@@ -86,8 +86,12 @@ def main() -> None:
                 )
     for method in filter(None, given.streaming.split(",")):
         four = ("blue", "green", "red", "nir")
-        few, most = (peak_gb(many(request_of(items, method, shifted=False), n, four), 4)[1] for n in (12, 60))
-        print(f"{method}: 12 dates {few:.2f} GB, 60 dates {most:.2f} GB, ratio {most / few:.2f}", flush=True)
+        least = min(float(text) for text in given.limits.split(","))
+        few, most = (peak_gb(many(request_of(items, method, shifted=False), n, four), least)[1] for n in (12, 60))
+        print(
+            f"{method}, limit {least:g} GB: 12 dates {few:.2f} GB, 60 dates {most:.2f} GB, ratio {most / few:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
