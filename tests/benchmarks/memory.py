@@ -76,7 +76,7 @@ def main() -> None:
     given = parser.parse_args()
     items = speed_scenes(given.cache)
     print("| method | dates x bands | limit (GB) | planned (GB) | measured peak (GB) |\n|---|---|---|---|---|")
-    for method in given.methods.split(","):
+    for method in filter(None, given.methods.split(",")):
         for bands in (("blue", "green", "red", "nir"), TEN):
             request = many(request_of(items, method, shifted=False), given.looks, bands)
             for limit in (float(text) for text in given.limits.split(",")):
