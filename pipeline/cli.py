@@ -277,7 +277,7 @@ def preview(
     Example: [bold]cloudgate preview out/graz.zarr --out graz.png[/bold]
     """
     with _kind(debug):
-        from pipeline.view import preview as draw
+        from pipeline.preview import preview as draw
 
         print(draw(store=store, out=out or store.with_suffix(".preview.png"), period=period))
 

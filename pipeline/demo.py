@@ -30,7 +30,7 @@ from pipeline.runner import Progress, Silent
 from pipeline.scenes import DemoScenes, served_items, write_demo
 from pipeline.serve import RangeServer, StacServer
 from pipeline.tasks import compose_window
-from pipeline.view import preview
+from pipeline.preview import preview
 
 BANDS = ("blue", "green", "red", "nir")
 
