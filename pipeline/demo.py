@@ -23,6 +23,7 @@ from pipeline.grid import Grid
 from pipeline.items import day_text
 from pipeline.jobfile import load_job
 from pipeline.mosaic import Summary, build
+from pipeline.preview import preview
 from pipeline.reader import close_handles
 from pipeline.records import RunFolder, write_whole
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
@@ -30,7 +31,6 @@ from pipeline.runner import Progress, Silent
 from pipeline.scenes import DemoScenes, served_items, write_demo
 from pipeline.serve import RangeServer, StacServer
 from pipeline.tasks import compose_window
-from pipeline.preview import preview
 
 BANDS = ("blue", "green", "red", "nir")
 

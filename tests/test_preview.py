@@ -11,8 +11,8 @@ from pipeline.bands import to_codes
 from pipeline.errors import ConfigError, StoreMismatchError
 from pipeline.grid import Grid
 from pipeline.periods import Period
-from pipeline.records import RunFolder, write_whole
 from pipeline.preview import FLAG_COLOURS, NO_DATA, preview, ramp, stretch
+from pipeline.records import RunFolder, write_whole
 
 GRID = Grid("EPSG:32633", 10.0, (0.0, 0.0), -510000, 49998, 64, 96, 64)
 PERIODS = (Period(0, 19000, 19009, 19000, 19005), Period(1, 19010, 19019, 19010, 19015))
