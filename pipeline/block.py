@@ -21,6 +21,9 @@ SEASON_DAYS = 90
 LOW_CONFIDENCE_SIGMA = 500
 """Codes (0.05 reflectance): an uncertainty above this in any band is low confidence."""
 
+LEAST_LOOKS = 2
+"""Fewer clear looks than this are low confidence."""
+
 NO_DATA, OBSERVED, COMPOSED, READ_FAILED, LOW, SEASON, OUTSIDE, BLENDED = 1, 2, 4, 16, 32, 64, 256, 512
 
 Codes = NDArray[np.uint16]
@@ -43,6 +46,24 @@ class Layers:
     source_date: NDArray[np.int32]
     flags: NDArray[np.uint16]
     sigma: NDArray[np.uint16] | None
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """The looks of a block with its halo, and where they lie; see ``compose_block``."""
+
+    codes: Codes
+    clear: NDArray[np.bool_]
+    days: NDArray[np.int32]
+    row0: int
+    col0: int
+    core: tuple[slice, slice]
+
+    @property
+    def inner(self) -> tuple[Codes, NDArray[np.bool_]]:
+        """Codes and clear looks of the core."""
+        rows, cols = self.core
+        return self.codes[:, :, rows, cols], self.clear[:, rows, cols]
 
 
 @dataclass
@@ -126,7 +147,8 @@ def compose_block(
         ``Layers`` of the core.
     """
     rows, cols = core or (slice(0, codes.shape[2]), slice(0, codes.shape[3]))
-    inner, inner_clear = codes[:, :, rows, cols], clear[:, rows, cols]
+    looks = _Looks(codes, clear, days, row0, col0, (rows, cols))
+    inner, inner_clear = looks.inner
     height, width = inner.shape[2:]
     count = composite.clear_count(inner_clear)
     if not method.shows_date:
@@ -138,18 +160,9 @@ def compose_block(
         where = [(INTERPOLATE, np.ones((height, width), np.float32))]
         if anchors is not None:
             where = anchors.at(row0 + rows.start, col0 + cols.start, height, width)
-        parts = [
-            (_complete(codes, clear, days, method, target, layer, row0, col0, (rows, cols)), weight)
-            for layer, weight in where
-        ]
+        parts = [(_complete(looks, method, target, layer), weight) for layer, weight in where]
     merged, blended = _blend(parts)
-    flags = _flags(
-        merged,
-        blended,
-        count,
-        shows_date=method.shows_date,
-        failed=None if failed is None else failed[rows, cols],
-    )
+    flags = _flags(merged, blended, count, failed=None if failed is None else failed[rows, cols])
     sigma = None
     if has_uncertainty(method):
         raw = merged.sigma if merged.sigma is not None else np.full(merged.codes.shape, np.nan, np.float32)
@@ -158,29 +171,19 @@ def compose_block(
     return Layers(merged.codes, count, merged.source_date, flags, sigma)
 
 
-def _complete(
-    codes: Codes,
-    clear: NDArray[np.bool_],
-    days: NDArray[np.int32],
-    method: Method,
-    target: int,
-    layer: int,
-    row0: int,
-    col0: int,
-    core: tuple[slice, slice],
-) -> _Part:
+def _complete(looks: _Looks, method: Method, target: int, layer: int) -> _Part:
     """The core of one anchor, its gaps completed; or interpolation at the target where there is none."""
-    rows, cols = core
-    inner, inner_clear = codes[:, :, rows, cols], clear[:, rows, cols]
+    days, (rows, cols) = looks.days, looks.core
+    inner, inner_clear = looks.inner
     if layer != INTERPOLATE and method.name == "regression":
         filled = regression.fill_acquisition(
-            codes=codes,
-            clear=clear,
+            codes=looks.codes,
+            clear=looks.clear,
             days=days,
             anchor=layer,
-            row0=row0,
-            col0=col0,
-            core=core,
+            row0=looks.row0,
+            col0=looks.col0,
+            core=looks.core,
             options=_options(method),
         )
         return _Part(
@@ -244,16 +247,15 @@ def _flags(
     blended: NDArray[np.bool_],
     count: NDArray[np.uint16],
     *,
-    shows_date: bool,
     failed: NDArray[np.bool_] | None,
 ) -> NDArray[np.uint16]:
     has_data = (part.codes != 0).all(axis=0)
     observed = part.observed & has_data & ~blended
     flags = np.where(has_data, np.where(observed, OBSERVED, COMPOSED), NO_DATA).astype(np.uint16)
+    # A single look, even the anchor's own, has no other to confirm it; the temporal check may have found it odd.
+    low = count < LEAST_LOOKS
     if part.sigma is not None:
-        low = np.nan_to_num(part.sigma).max(axis=0) > LOW_CONFIDENCE_SIGMA
-    else:
-        low = (count < (1 if shows_date else 2)) & ~observed
+        low |= np.nan_to_num(part.sigma).max(axis=0) > LOW_CONFIDENCE_SIGMA
     far = np.abs(part.source_date.astype(np.int64) - part.day) > SEASON_DAYS
     flags |= np.where(has_data & low, np.uint16(LOW), np.uint16(0))
     flags |= np.where(has_data & far & (part.source_date != 0), np.uint16(SEASON), np.uint16(0))

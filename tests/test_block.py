@@ -7,6 +7,8 @@ from pipeline.anchors import INTERPOLATE, AnchorMap
 from pipeline.block import (
     BLENDED,
     COMPOSED,
+    LOW,
+    LOW_CONFIDENCE_SIGMA,
     NO_DATA,
     NO_SIGMA,
     OBSERVED,
@@ -66,6 +68,11 @@ def test_every_pixel_that_any_look_shows_is_filled_and_no_other(name):
     np.testing.assert_array_equal(made.source_date != 0, seen)
     assert np.isin(made.source_date, [0, *DAYS]).all()
     assert made.flags[10, 10] & SEASON
+    low = seen & (made.clear_count < 2)
+    if made.sigma is not None:
+        low |= np.where(made.sigma == NO_SIGMA, 0, made.sigma).max(axis=0) > LOW_CONFIDENCE_SIGMA
+    assert low[10, 10]
+    np.testing.assert_array_equal((made.flags & LOW) > 0, low)
     assert (made.sigma is not None) == (name == "regression")
 
 
