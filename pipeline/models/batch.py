@@ -1,0 +1,64 @@
+"""What a model is given and what it gives back; dims, units and polarity of every array are fixed here.
+
+Legend: B batch, T time steps, C bands, K estimates, G context channels, H and W pixels (y, x).
+One polarity throughout: **1 = good** (there, clear). Missing values are 0 and marked, never NaN.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Series around targets, and what is known classically about each target.
+
+    Attributes:
+        looks: (B, T, C, H, W) float32 reflectance (about 0 to 1), 0 where not present; any order of steps.
+        present: (B, T, 1, H, W) float32, 1 = the look has data here (one for all bands), 0 = missing.
+        clear: (B, T, 2, H, W) float32 0..1, 1 = fully visible; channel 0 free of cloud, channel 1 free of shadow.
+        days: (B, T) float32 signed days from the target (negative = before it).
+        steps: (B, T) bool, True = a real step, False = padding.
+        condition: (B, 3, H, W) float32, the target's own clear (2) and present (1); all ones at inference.
+        prior: (B, C, H, W) float32 reflectance, the best classical estimate of the target, 0 where there is none.
+        scale: (B, C, H, W) float32 reflectance, above 0: one sigma that the prior claims.
+        estimates: (B, K, C, H, W) float32 reflectance, further classical estimates in the order of
+            ``pipeline.estimates.ESTIMATES``; the prior's value where one of them is missing.
+        context: (B, G, C, H, W) float32, per-pixel facts in the order of ``pipeline.estimates.CONTEXT``.
+        known: (B, 1, H, W) float32, 1 = the target itself is clear here (passed through bit-exact afterwards).
+    """
+
+    looks: Tensor
+    present: Tensor
+    clear: Tensor
+    days: Tensor
+    steps: Tensor
+    condition: Tensor
+    prior: Tensor
+    scale: Tensor
+    estimates: Tensor
+    context: Tensor
+    known: Tensor
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
+        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a model answers.
+
+    Attributes:
+        image: (B, C, H, W) float32 reflectance.
+        aggregate: (B, C, H, W) float32 reflectance, the gate's X before the residual network.
+        weights: (B, T, C, H, W) float32, each look's share in ``aggregate`` (0 at padding); None unless asked for.
+        sigma: (B, C, H, W) float32 reflectance, one sigma, or None for models without it.
+    """
+
+    image: Tensor
+    aggregate: Tensor
+    weights: Tensor | None = None
+    sigma: Tensor | None = None
