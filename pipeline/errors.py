@@ -7,6 +7,7 @@
     │   ├── ConfigError         a field of a job, profile or option
     │   ├── NoItemsError        the search matched nothing usable
     │   ├── ItemError           an item lacks what the job needs (projection, asset, offset)
+    │   ├── WeightsError        a file of weights cannot be used, or not for these bands
     │   └── StoreMismatchError  the store exists and is another one
     └── RunError                exit 1: the run failed; what was written stays
         ├── CatalogError        a catalog did not answer
@@ -41,6 +42,10 @@ class NoItemsError(RequestError):
 
 class ItemError(RequestError):
     """An item lacks what the job needs: projection, asset, mask or a decidable offset."""
+
+
+class WeightsError(RequestError):
+    """A file of weights is damaged, foreign, of another network, or knows other bands than asked for."""
 
 
 class StoreMismatchError(RequestError):

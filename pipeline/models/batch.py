@@ -1,4 +1,4 @@
-"""What a model is given and what it gives back; dims, units and polarity of every array are fixed here.
+"""What a model is, is given and gives back; dims, units and polarity of every array are fixed here.
 
 Legend: B batch, T time steps, C bands, K estimates, G context channels, H and W pixels (y, x).
 One polarity throughout: **1 = good** (there, clear). Missing values are 0 and marked, never NaN.
@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,24 @@ class Completed:
     aggregate: Tensor
     weights: Tensor | None = None
     sigma: Tensor | None = None
+
+
+class ModelConfig(BaseModel):
+    """What every network's configuration has; it travels inside the weights file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Which network, a key of ``pipeline.models.NETWORKS``."""
+    bands: tuple[str, ...] = Field(default=())
+    """Band names in the order of the channels; empty: weights shared over bands, any subset in any order."""
+
+
+class Model(nn.Module):
+    """A network that completes targets; ``pipeline.models.build`` makes one from its configuration."""
+
+    config: ModelConfig
+
+    def forward(self, batch: Batch, *, with_weights: bool = False) -> Completed:
+        """Complete the targets of ``batch``; the looks' shares come along where asked for."""
+        raise NotImplementedError
