@@ -3,10 +3,11 @@
 import difflib
 import re
 from collections.abc import Sequence
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from cronsim import CronSim, CronSimError
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -20,6 +21,8 @@ from pipeline.bands import check_bands
 from pipeline.errors import ConfigError
 from pipeline.profiles import MaskRule
 
+CALENDAR = ("month", "quarter", "year", "10 days", "week")
+"""Lengths of periods by name; anything else is a cron expression."""
 MASK_MODELS = ("omnicloudmask", "s2cloudless")
 """Cloud detectors that make the mask from the bands; each is an extra."""
 METHODS = ("median", "p25", "mean", "medoid", "geomedian", "nearest", "linear", "decay", "regression")
@@ -107,10 +110,33 @@ class TimeSpec(_Base):
 
     start: Day = Field(description="first solar day, inclusive")
     end: Day = Field(description="last solar day, inclusive")
-    every: Literal["month", "quarter", "year", "10 days", "week"] | None = Field(
-        None, description="one mosaic per period"
+    every: str | None = Field(
+        None,
+        description="one mosaic per period: month, quarter, year, 10 days, week (ISO), or a cron expression on whose "
+        "days periods begin, such as 0 0 1,16 * *",
     )
     lookback_days: int = Field(0, ge=0, description="also use looks from so many days before each period")
+
+    @field_validator("every")
+    @classmethod
+    def _every(cls, value: str | None) -> str | None:
+        if value is None or value in CALENDAR:
+            return value
+        known = f"known are {', '.join(CALENDAR)}, or a cron expression of five fields such as '0 0 1,16 * *'"
+        if len(value.split()) != 5:
+            near = difflib.get_close_matches(value, CALENDAR, 1)
+            raise ValueError(f"{value!r} is no length of a period{f'; did you mean {near[0]!r}?' if near else ''}; {known}")
+        try:
+            fires = CronSim(value, datetime(2000, 1, 1))  # noqa: DTZ001 (only its days count)
+            next(fires)
+        except (CronSimError, StopIteration) as error:
+            raise ValueError(f"{value!r} is no cron expression that ever fires ({error}); {known}") from error
+        if len(fires.hours) * len(fires.minutes) > 1:
+            raise ValueError(
+                f"{value!r} fires several times a day, and periods of less than a day would overlap; fix its minute "
+                "and hour, such as '0 0 ...'"
+            )
+        return value
 
     @model_validator(mode="after")
     def _order(self) -> Self:
