@@ -255,8 +255,8 @@ def status(
     Example: [bold]cloudgate status out/graz.zarr[/bold]
     """
     with _kind(debug):
-        from pipeline.mosaic import status as look
         from pipeline.progress import show_status
+        from pipeline.status import status as look
 
         found = look(store)
         if as_json:

@@ -125,7 +125,9 @@ class TimeSpec(_Base):
         known = f"known are {', '.join(CALENDAR)}, or a cron expression of five fields such as '0 0 1,16 * *'"
         if len(value.split()) != 5:
             near = difflib.get_close_matches(value, CALENDAR, 1)
-            raise ValueError(f"{value!r} is no length of a period{f'; did you mean {near[0]!r}?' if near else ''}; {known}")
+            raise ValueError(
+                f"{value!r} is no length of a period{f'; did you mean {near[0]!r}?' if near else ''}; {known}"
+            )
         try:
             fires = CronSim(value, datetime(2000, 1, 1))  # noqa: DTZ001 (only its days count)
             next(fires)

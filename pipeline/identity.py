@@ -1,40 +1,84 @@
 """Whose store is it? In come a job and a store with its run records, out comes leave to go on, or a clear refusal.
 
 A store is identified by grid, bands and layout; a period by its frozen items, time, target, mask, method and options.
-Cluster, limits, paths and worker counts never matter; only a raised ``RESULT_VERSION`` refuses to go on.
+Cluster, limits, paths and worker counts never matter; only a raised ``RESULT_VERSION`` refuses to go on. A plain job is
+one request, so all its fields must agree; a *series*, written period by period by a schedule, only agrees on its store,
+and each period carries its own identity.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline import store as stores
+from pipeline.block import has_uncertainty
 from pipeline.config import Job
 from pipeline.errors import StoreMismatchError
+from pipeline.items import Item
 from pipeline.jobfile import job_json
+from pipeline.periods import Period
 from pipeline.records import RunFolder
 
 RESULT_VERSION: Final = 1
 """Raised when the same request gives other pixels than before; a store of another version is not gone on with."""
 
 
-def wish_of(job: Job) -> dict[str, Any]:
-    """The fields of a job that shape pixels: what a run record must agree with to go on."""
+def wish_of(job: Job, *, series: bool = False) -> dict[str, Any]:
+    """The fields of a job that a run record must agree with to go on: what shapes pixels; of a series, the store's."""
     fields = job_json(job)
+    if series:
+        return {
+            **{name: fields[name] for name in ("grid", "bands")},
+            "area": _area(job),
+            "start": fields["time"]["start"],
+            "every": fields["time"]["every"],
+            "uncertainty": has_uncertainty(job.method),
+            "series": True,
+            "result_version": RESULT_VERSION,
+            "layout": stores.LAYOUT_VERSION,
+        }
     for name in ("name", "output", "cluster", "limits"):
         fields.pop(name)
     # A catalog's file may move or grow (the scenes are frozen), not both; of a polygon only the content counts.
     place = Path(job.catalog)
     if place.is_file():
         fields["catalog"] = {"path": str(place.resolve()), "sha256": _sha256(place)}
-    if job.area.geojson and job.area.geojson.is_file():
-        fields["area"]["geojson"] = _sha256(job.area.geojson)
     return {
         **fields,
+        "area": _area(job),
         "result_version": RESULT_VERSION,
         "layout": stores.LAYOUT_VERSION,
     }
+
+
+def _area(job: Job) -> dict[str, Any]:
+    area: dict[str, Any] = job.area.model_dump(mode="json")
+    if job.area.geojson and job.area.geojson.is_file():
+        area["geojson"] = _sha256(job.area.geojson)
+    return area
+
+
+def item_key(item: Item) -> str:
+    """Short name of a scene as it was processed: a new baseline is another scene, a moved file is the same."""
+    return _short([item.collection, item.id, item.datetime, item.baseline])
+
+
+def recipe_key(job: Job) -> str:
+    """Short name of what makes pixels of looks: method with options, mask, target, look-back, offset, cloud limit."""
+    fields = job_json(job)
+    names = ("method", "mask", "target", "offset_dn", "max_cloud_cover")
+    return _short([{name: fields[name] for name in names}, job.time.lookback_days, RESULT_VERSION])
+
+
+def period_key(job: Job, period: Period, items: Iterable[str]) -> str:
+    """The identity of a period, the key under which a schedule does it once: recipe, days, target and its scenes."""
+    return _short([recipe_key(job), period.look_start, period.start, period.end, period.target, sorted(items)])
+
+
+def _short(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _sha256(path: Path) -> str:
@@ -52,8 +96,26 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names[:3])
 
 
-def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool) -> None:
+def _check_series(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    if old == new:
+        return
+    if new["start"] != old["start"]:
+        earlier = new["start"] < old["start"]
+        raise StoreMismatchError(
+            f"start: {new['start']} is {'earlier' if earlier else 'later'} than {old['start']}, the start of {path}; "
+            + ("a period before it has no slot on time. " if earlier else "the slots on time count from there. ")
+            + "Keep the start, or choose another store"
+        )
+    raise StoreMismatchError(
+        f"output.store: {path} belongs to another series ({_differences(old, new)}); choose another store, or restore "
+        "these fields"
+    )
+
+
+def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool, series: bool = False) -> None:
     """Refuse a store of another request; forget ours with ``restart``, or where no pixel was ever made.
+
+    ``series`` says that a schedule writes it, period by period.
 
     Raises:
         StoreMismatchError: with what differs and the ways out.
@@ -71,7 +133,15 @@ def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool) -> None:
                 "--restart"
             )
         return
-    new = json.loads(json.dumps(wish_of(job), default=str))
+    new = json.loads(json.dumps(wish_of(job, series=series), default=str))
+    if series != old["wish"].get("series", False):
+        raise StoreMismatchError(
+            f"output.store: {path} was begun by {'`cloudgate mosaic`' if series else 'a schedule'}; choose another "
+            f"store{'' if series else ', or let `cloudgate schedule tick` go on with it'}"
+        )
+    if series:
+        _check_series(old["wish"], new, path)
+        return
     if _same_catalog(old["wish"]["catalog"], new["catalog"]):
         new["catalog"] = old["wish"]["catalog"]
     if old["wish"] == new:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,14 @@ from pipeline.errors import (
     NoItemsError,
     NothingClearError,
     ReadError,
-    StoreMismatchError,
     TooManyFailuresError,
 )
 from pipeline.frozen import digest, load_items, save_items
 from pipeline.grid import Grid
 from pipeline.identity import RESULT_VERSION, check_store, wish_of
 from pipeline.items import Acquisition, Item, day_text
-from pipeline.jobfile import job_from_dict, job_json
-from pipeline.periods import Period, periods
+from pipeline.jobfile import job_json
+from pipeline.periods import Period, first_periods, periods
 from pipeline.planning import Plan, plan_tasks
 from pipeline.reader import dn_to_codes, read_window
 from pipeline.records import RunFolder, write_whole
@@ -42,6 +41,7 @@ from pipeline.region import region_of
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
 from pipeline.runner import Progress, Silent, run_tasks
 from pipeline.scout import Scouted, coarse_grid
+from pipeline.status import tally
 
 
 @dataclass
@@ -81,6 +81,8 @@ def build(
     progress: Progress | None = None,
     client: Any = None,
     request: Request | None = None,
+    slots: Sequence[int] | None = None,
+    anew: bool = False,
 ) -> Summary:
     """Run a job: one mosaic per period, task by task, resumable.
 
@@ -90,6 +92,9 @@ def build(
         progress: hears what goes on.
         client: a Dask client to use instead of ``job.cluster``.
         request: an answer of ``resolve`` to use instead of searching.
+        slots: write only these periods of a series that goes on (``time.end`` does not count), each into its slot and
+            without touching the others. A finished period is written again where its scenes are others than before.
+        anew: write the periods of ``slots`` again in any case.
 
     Returns:
         What was made, per period.
@@ -106,13 +111,19 @@ def build(
     check_method(job.method)
     if restart:
         request = request or resolve(job)  # before anything is removed
-    check_store(job, path, run, restart=restart)
-    request = _request(job, run, progress, request)
+    check_store(job, path, run, restart=restart, series=slots is not None)
+    if slots is None:
+        request = _request(job, run, progress, request)
+        wanted = list(request.schedule)
+    else:
+        request, wanted = _series_request(job, path, run, request, slots)
     summary = Summary(str(path))
     with _client(job, client) as connected:
         if link := getattr(connected, "dashboard_link", None):
             progress.say(f"dashboard: {link}")
-        for period in request.schedule:
+        for period in wanted:
+            if slots is not None:
+                _begin_slot(request, period, path, run, anew=anew)
             summary.periods.append(_build_period(request, period, path, run, connected, progress))
     summary.seconds = time.perf_counter() - began
     if not any(p["published"] for p in summary.periods):
@@ -160,6 +171,53 @@ def _request(job: Job, run: RunFolder, progress: Progress, request: Request | No
     return request
 
 
+def _series_request(
+    job: Job, path: Path, run: RunFolder, request: Request | None, slots: Sequence[int]
+) -> tuple[Request, list[Period]]:
+    """The periods of a series to write; the grid is the one of the first run."""
+    if job.time.every is None:
+        raise ConfigError("time.every: a series needs it; write for example every: month")
+    if min(slots) < 0:
+        raise ConfigError(f"slot {min(slots)}: a period before the start ({job.time.start}) has no slot on time")
+    request = request or resolve(job, slots=slots)
+    record = run.read("request.json")
+    if record is None:
+        wish = wish_of(job, series=True)
+        run.write({"wish": wish, "job": job_json(job), "grid": request.grid.to_dict()}, "request.json")
+    grid = Grid.from_dict(record["grid"]) if record else request.grid
+    schedule = tuple(first_periods(job, max([*slots, *_slots_of(path)]) + 1))
+    return replace(request, job=job, grid=grid, schedule=schedule), [schedule[slot] for slot in slots]
+
+
+def _slots_of(path: Path) -> list[int]:
+    attrs = stores.read_attrs(path)
+    return [int(slot) for slot in attrs["cloudgate"]["periods"]] if attrs else []
+
+
+def _begin_slot(request: Request, period: Period, path: Path, run: RunFolder, *, anew: bool) -> None:
+    """Freeze a period's scenes; what an earlier run made of other scenes is taken back first."""
+    name = run.period(period.slot).name
+    items = [item for a in acquisitions_of(request, period) for item in a.items]
+    if not items:
+        return  # scenes that a catalog forgot do not undo a mosaic
+    before = run.read(name, "items.json")
+    if before is None or before.get("digest") != digest(items) or anew:
+        # In this order, so that a kill at any point leaves a period that is finished or begun again, never half.
+        (run.period(period.slot) / "manifest.json").unlink(missing_ok=True)
+        _lower(request, period.slot, path)
+        run.forget_period(period.slot)
+        save_items(replace(request.found, items=items), run.period(period.slot) / "items.json")
+
+
+def _lower(request: Request, slot: int, path: Path) -> None:
+    """Hide a published period from readers; the others stay as they are."""
+    old = stores.read_attrs(path)
+    if old and str(slot) in old["cloudgate"]["periods"]:
+        about = dict(old["cloudgate"])
+        about["periods"] = {**about["periods"], str(slot): {**about["periods"][str(slot)], "published": False}}
+        _write_metadata(request, about, path)
+
+
 def _build_period(
     request: Request, period: Period, path: Path, run: RunFolder, client: Any, progress: Progress
 ) -> dict[str, Any]:
@@ -190,7 +248,7 @@ def _build_period(
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
     run_tasks(recipe, tasks, path, period.slot, run, client, progress)
-    facts = _tally(run.marks(period.slot))
+    facts = tally(run.marks(period.slot))
     outcome |= facts | {
         "seconds": round(time.perf_counter() - began, 2),
         "scenes": sum(len(a.items) for a in acquisitions),
@@ -218,52 +276,6 @@ def _anchor_names(seen: Scouted, acquisitions: Sequence[Acquisition]) -> list[st
     if seen.anchors is None:
         return []
     return [acquisitions[layer].id if layer >= 0 else "interpolation" for layer in seen.anchors.layers]
-
-
-def status(store: str | Path) -> dict[str, Any]:
-    """How far a store is, from its run records.
-
-    Returns:
-        ``store`` and, per period, its dates, state (``finished``, ``unfinished``), shards done and in all, share of
-        filled pixels in percent, failed reads.
-
-    Raises:
-        StoreMismatchError: if no run of ours is recorded there.
-    """
-    run = RunFolder(store)
-    record = run.read("request.json")
-    if record is None:
-        raise StoreMismatchError(
-            f"store: no run is recorded at {run.path}; give the path of a store that `cloudgate mosaic` wrote"
-        )
-    grid = Grid.from_dict(record["grid"])
-    shards = sum(1 for _ in grid.shards())
-    out = []
-    for period in periods(job_from_dict(record["job"])):
-        facts = _tally(run.marks(period.slot))
-        manifest = run.read(run.period(period.slot).name, "manifest.json") or {}
-        pixels = facts["filled"] + facts["unfilled"]
-        out.append(
-            {
-                "slot": period.slot,
-                "start": day_text(period.start),
-                "end": day_text(period.end),
-                "state": "finished" if manifest.get("published") else "unfinished",
-                "shards_done": facts["shards"],
-                "shards": shards,
-                "filled_percent": round(100 * facts["filled"] / pixels, 3) if pixels else None,
-                "failed_reads": facts["failed"],
-            }
-        )
-    return {"store": str(store), "periods": out}
-
-
-def _tally(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    names = ("bytes_read", "reads", "failed", "filled", "unfilled", "outside")
-    out: dict[str, Any] = {name: sum(mark.get(name, 0) for mark in marks) for name in names}
-    out["shards"] = len(marks)
-    out["failures"] = [f for mark in marks for f in mark.get("failures", [])][:100]
-    return out
 
 
 def _check_failures(facts: dict[str, Any], job: Job) -> None:
@@ -339,14 +351,21 @@ def _publish(request: Request, period: Period, seen: Scouted, path: Path) -> Non
             "result_version": RESULT_VERSION,
         },
     }
-    last = max(int(slot) for slot in about["periods"])
-    schedule = [p for p in request.schedule if p.slot <= last]
+    _write_metadata(request, about, path)
+
+
+def _write_metadata(request: Request, about: dict[str, Any], path: Path) -> None:
+    """Shapes, coordinates, ``published`` and attributes of a store whose periods are those of ``about``."""
+    job = request.job
+    by_slot = sorted(about["periods"].items(), key=lambda entry: int(entry[0]))  # whatever the order of writing
+    about = {**about, "periods": dict(by_slot)}
+    schedule = request.schedule[: max(int(slot) for slot in about["periods"]) + 1]
     stores.publish(
         path,
-        grid,
+        request.grid,
         job.bands,
         uncertainty=has_uncertainty(job.method),
         schedule=schedule,
-        published=[str(p.slot) in about["periods"] for p in schedule],
+        published=[about["periods"].get(str(p.slot), {"published": False}).get("published", True) for p in schedule],
         attrs={"title": job.name, "source": "Copernicus Sentinel-2", "cloudgate": about},
     )

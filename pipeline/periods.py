@@ -44,7 +44,7 @@ def _next(day: date, every: str) -> date:
             return day.replace(day=11 if day.day <= 10 else 21)
         return day.replace(day=1) + timedelta(days=calendar.monthrange(day.year, day.month)[1])
     if every not in CALENDAR:
-        return next(CronSim(every, datetime.combine(day, time(23, 59, 59)))).date()  # noqa: DTZ001 (days, no clock)
+        return next(CronSim(every, datetime.combine(day, time(23, 59, 59)))).date()
     months = {"month": 1, "quarter": 3, "year": 12}[every]
     first = (day.month - 1) // months * months + months
     return date(day.year + first // 12, first % 12 + 1, 1)

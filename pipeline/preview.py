@@ -74,7 +74,8 @@ def preview(*, store: str | Path, out: str | Path, period: int = -1) -> Path:
 
 def _before(store: str | Path, mosaic: xr.Dataset, period: int) -> tuple[str, NDArray[np.float32]] | None:
     """(date and name, (3, y, x) reflectance) of the least cloudy acquisition, where the run kept it."""
-    slots = sorted(int(slot) for slot in mosaic.attrs["cloudgate"]["periods"])
+    made = mosaic.attrs["cloudgate"]["periods"]
+    slots = sorted(int(slot) for slot in made if made[slot].get("published", True))
     path = RunFolder(store).period(slots[period]) / "before.npz"
     if not path.exists():
         return None

@@ -72,6 +72,10 @@ class RunFolder:
                 out.append(facts)
         return out
 
+    def forget_period(self, slot: int) -> None:
+        """Remove the records of one period."""
+        shutil.rmtree(self.period(slot), ignore_errors=True)
+
     def forget(self) -> None:
         """Remove all records."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -13,9 +13,9 @@ from pipeline.config import Job
 from pipeline.frozen import SearchResult
 from pipeline.grid import Grid
 from pipeline.handles import is_remote
-from pipeline.items import Acquisition, group_acquisitions
+from pipeline.items import EPOCH, Acquisition, group_acquisitions
 from pipeline.mask_models import check_mask_model
-from pipeline.periods import Period, periods
+from pipeline.periods import Period, first_periods, periods
 from pipeline.planning import cut_origin
 from pipeline.profiles import load_profile, profile_names
 from pipeline.reader import mask_lattice
@@ -38,8 +38,12 @@ class Request:
     schedule: tuple[Period, ...]
 
 
-def resolve(job: Job) -> Request:
+def resolve(job: Job, *, slots: Sequence[int] | None = None) -> Request:
     """Check a job and search its catalog; nothing is written.
+
+    Args:
+        job: the request.
+        slots: search for these periods of a series only; its schedule then reaches to the last of them.
 
     Raises:
         RequestError: every fault of the request. CatalogError: if the catalog does not answer.
@@ -49,13 +53,14 @@ def resolve(job: Job) -> Request:
         check_mask_model(job.mask.model, job.bands)
     region = region_of(job.area)
     region.crs(job.grid)
-    schedule = tuple(periods(job))
+    schedule = tuple(periods(job) if slots is None else first_periods(job, max(slots) + 1))
+    wanted = [schedule[slot] for slot in slots] if slots is not None else schedule
     known = load_profile(job.profile or (job.catalog if job.catalog in profile_names() else "generic"))
     found = search(
         catalog=job.catalog,
         bbox=region.lonlat_bounds(SEARCH_MARGIN_M),
-        start=job.time.start - timedelta(days=job.time.lookback_days),
-        end=job.time.end,
+        start=EPOCH + timedelta(days=min(period.look_start for period in wanted)),
+        end=EPOCH + timedelta(days=max(period.end for period in wanted)),
         profile=job.profile,
         collection=job.collection,
         bands=job.bands,

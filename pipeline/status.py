@@ -1,0 +1,61 @@
+"""How far is it? In come the run records of a store, out comes each period's state; works while a run goes on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StoreMismatchError
+from pipeline.grid import Grid
+from pipeline.items import day_text
+from pipeline.jobfile import job_from_dict
+from pipeline.periods import first_periods, periods
+from pipeline.records import RunFolder
+
+
+def status(store: str | Path) -> dict[str, Any]:
+    """How far a store is, from its run records.
+
+    Returns:
+        ``store`` and, per period, its dates, state (``finished``, ``unfinished``), shards done and in all, share of
+        filled pixels in percent, failed reads.
+
+    Raises:
+        StoreMismatchError: if no run of ours is recorded there.
+    """
+    run = RunFolder(store)
+    record = run.read("request.json")
+    if record is None:
+        raise StoreMismatchError(
+            f"store: no run is recorded at {run.path}; give the path of a store that `cloudgate mosaic` wrote"
+        )
+    grid = Grid.from_dict(record["grid"])
+    shards = sum(1 for _ in grid.shards())
+    out = []
+    job = job_from_dict(record["job"])
+    series = record["wish"].get("series", False)
+    for period in first_periods(job, max(run.slots(), default=-1) + 1) if series else periods(job):
+        facts = tally(run.marks(period.slot))
+        manifest = run.read(run.period(period.slot).name, "manifest.json") or {}
+        pixels = facts["filled"] + facts["unfilled"]
+        out.append(
+            {
+                "slot": period.slot,
+                "start": day_text(period.start),
+                "end": day_text(period.end),
+                "state": "finished" if manifest.get("published") else "unfinished",
+                "shards_done": facts["shards"],
+                "shards": shards,
+                "filled_percent": round(100 * facts["filled"] / pixels, 3) if pixels else None,
+                "failed_reads": facts["failed"],
+            }
+        )
+    return {"store": str(store), "periods": out}
+
+
+def tally(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of a period's shards, summed."""
+    names = ("bytes_read", "reads", "failed", "filled", "unfilled", "outside")
+    out: dict[str, Any] = {name: sum(mark.get(name, 0) for mark in marks) for name in names}
+    out["shards"] = len(marks)
+    out["failures"] = [f for mark in marks for f in mark.get("failures", [])][:100]
+    return out
