@@ -4,7 +4,7 @@ Legend: B batch, T time steps, C bands, K estimates, G context channels, H and W
 One polarity throughout: **1 = good** (there, clear). Missing values are 0 and marked, never NaN.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -46,6 +46,26 @@ class Batch:
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def without_series(self) -> Self:
+        """What is known about the targets alone: the same batch with no steps (views, nothing is copied)."""
+        none = {name: getattr(self, name)[:, :0] for name in ("looks", "present", "clear", "days", "steps")}
+        return replace(self, **none)
+
+    def by_band(self) -> Self:
+        """Every band as a sample of its own, (B*C, ..., 1, H, W) with the bands of one target side by side (a copy)."""
+        bands = self.looks.shape[2]
+        return type(self)(
+            looks=self.looks.movedim(2, 1).flatten(0, 1).unsqueeze(2),
+            prior=self.prior.flatten(0, 1).unsqueeze(1),
+            scale=self.scale.flatten(0, 1).unsqueeze(1),
+            estimates=self.estimates.movedim(2, 1).flatten(0, 1).unsqueeze(2),
+            context=self.context.movedim(2, 1).flatten(0, 1).unsqueeze(2),
+            **{
+                name: getattr(self, name).repeat_interleave(bands, dim=0)
+                for name in ("present", "clear", "days", "steps", "condition", "known")
+            },
+        )
 
 
 @dataclass(frozen=True)
