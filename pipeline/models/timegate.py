@@ -172,7 +172,7 @@ class TimeGate(nn.Module):
             shown = torch.cat([shown[whose_N], *[shown] * len(estimates)])
         htime_NWHW = self._htime([looks, *estimates], shown)
         first = len(looks.days_N)
-        mine, others = htime_NWHW[:first], htime_NWHW[first:].reshape(len(estimates), size, *htime_NWHW.shape[1:])
+        mine, others = htime_NWHW[:first], [htime_NWHW[i : i + size] for i in range(first, len(htime_NWHW), size)]
         htime_BTWHW = mine.new_zeros((*real_BT.shape, *mine.shape[1:])).index_put((real_BT,), mine)
         usable_BT1HW = _usable(batch.present, batch.clear) * real_BT[:, :, None, None, None]
         sums = self._nothing(batch) + self._collect(htime_BTWHW, batch.looks, usable_BT1HW, real_BT)
