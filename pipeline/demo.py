@@ -25,7 +25,7 @@ from pipeline.jobfile import load_job
 from pipeline.mosaic import Summary, build
 from pipeline.preview import preview
 from pipeline.reader import close_handles
-from pipeline.records import RunFolder, write_whole
+from pipeline.records import RunFolder
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
 from pipeline.runner import Progress, Silent
 from pipeline.scenes import DemoScenes, served_items, write_demo
@@ -131,8 +131,9 @@ def _job_text(job: dict[str, Any]) -> str:
 
 def _keep_offline(store: Path, url: str, folder: Path) -> None:
     """Point the frozen items at the files, since the server is about to end."""
-    path = RunFolder(store).path / "items.json"
-    write_whole(path, path.read_text().replace(f"{url}/", f"{folder.absolute().as_posix()}/").encode())
+    run = RunFolder(store)
+    items = (run.read_bytes("items.json") or b"").decode()
+    run.write_bytes(items.replace(f"{url}/", f"{folder.absolute().as_posix()}/").encode(), "items.json")
 
 
 def truth_at(folder: Path, kind: str, grid: Grid, bands: tuple[str, ...]) -> NDArray[np.float32]:

@@ -14,7 +14,8 @@
         ├── ReadError           an asset could not be read, after retries
         ├── TooManyFailuresError more reads failed than the job allows
         ├── NothingClearError   no look is clear anywhere, nothing is published
-        └── StoreError          the store could not be written
+        ├── StoreError          the store could not be written
+        └── StoreBusyError      another run works on the store
 
 A message says what is wrong, the value, and the way out.
 """
@@ -78,3 +79,7 @@ class NothingClearError(RunError):
 
 class StoreError(RunError):
     """The store could not be written (disk full, no permission)."""
+
+
+class StoreBusyError(RunError):
+    """Another run holds the lock of the store."""

@@ -66,6 +66,14 @@ def save_items(result: SearchResult, path: Path | str) -> None:
     The file appears whole or not at all.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(frozen_bytes(result))
+    part.replace(path)
+
+
+def frozen_bytes(result: SearchResult) -> bytes:
+    """A frozen search as ``save_items`` writes it."""
     data = {
         "format": "cloudgate-items",
         "version": FORMAT_VERSION,
@@ -79,10 +87,7 @@ def save_items(result: SearchResult, path: Path | str) -> None:
         "dropped": result.dropped,
         "items": [item.to_dict() for item in result.items],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(_canonical(data, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    return (_canonical(data, indent=1) + "\n").encode()
 
 
 def load_items(path: Path | str) -> SearchResult:

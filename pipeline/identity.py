@@ -122,16 +122,20 @@ def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool, series: 
     """
     attrs = stores.read_attrs(path)
     if restart:
-        stores.remove(path)
+        # Records first: a crash in between must not leave marks of shards that are gone.
         run.forget()
+        stores.remove(path)
         return
     old = run.read("request.json")
     if old is None:
         if attrs is not None:
             raise StoreMismatchError(
-                f"output.store: {path} is finished and its run records ({run.path}) are gone; choose another store, or "
-                "--restart"
+                f"output.store: {path} is finished and its run records ({run.where}) are gone; choose another "
+                "store, or --restart"
             )
+        # What a run left that ended before its records were whole, or while --restart removed them.
+        run.forget()
+        stores.remove(path)
         return
     new = json.loads(json.dumps(wish_of(job, series=series), default=str))
     if series != old["wish"].get("series", False):
@@ -149,8 +153,8 @@ def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool, series: 
     made = any(mark.get("filled") for slot in run.slots() for mark in run.marks(slot))
     if attrs is None and not made:
         # A run that stopped before its first pixel (offset undecided, all clouded) must not stand in the way.
-        stores.remove(path)
         run.forget()
+        stores.remove(path)
     else:
         raise StoreMismatchError(
             f"output.store: {path} belongs to another request ({_differences(old['wish'], new)}); choose another store "

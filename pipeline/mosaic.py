@@ -28,15 +28,16 @@ from pipeline.errors import (
     ReadError,
     TooManyFailuresError,
 )
-from pipeline.frozen import digest, load_items, save_items
+from pipeline.frozen import digest, from_frozen, frozen_bytes
 from pipeline.grid import Grid
 from pipeline.identity import RESULT_VERSION, check_store, wish_of
 from pipeline.items import Acquisition, Item, day_text
 from pipeline.jobfile import job_json
+from pipeline.lock import Held, hold
 from pipeline.periods import Period, first_periods, periods
 from pipeline.planning import Plan, plan_tasks
 from pipeline.reader import dn_to_codes, read_window
-from pipeline.records import RunFolder, write_whole
+from pipeline.records import RunFolder
 from pipeline.region import region_of
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
 from pipeline.runner import Progress, Silent, run_tasks
@@ -83,6 +84,7 @@ def build(
     request: Request | None = None,
     slots: Sequence[int] | None = None,
     anew: bool = False,
+    wait_s: float = 0.0,
 ) -> Summary:
     """Run a job: one mosaic per period, task by task, resumable.
 
@@ -95,6 +97,7 @@ def build(
         slots: write only these periods of a series that goes on (``time.end`` does not count), each into its slot and
             without touching the others. A finished period is written again where its scenes are others than before.
         anew: write the periods of ``slots`` again in any case.
+        wait_s: if another run works on the store, wait so long for it before refusing.
 
     Returns:
         What was made, per period.
@@ -109,22 +112,26 @@ def build(
     path = Path(job.output.store)
     run = RunFolder(path)
     check_method(job.method)
-    if restart:
-        request = request or resolve(job)  # before anything is removed
-    check_store(job, path, run, restart=restart, series=slots is not None)
-    if slots is None:
-        request = _request(job, run, progress, request)
-        wanted = list(request.schedule)
-    else:
-        request, wanted = _series_request(job, path, run, request, slots)
     summary = Summary(str(path))
-    with _client(job, client) as connected:
-        if link := getattr(connected, "dashboard_link", None):
-            progress.say(f"dashboard: {link}")
-        for period in wanted:
-            if slots is not None:
-                _begin_slot(request, period, path, run, anew=anew)
-            summary.periods.append(_build_period(request, period, path, run, connected, progress))
+    with hold(run, wait_s=wait_s) as lock:
+        seen: dict[int, Scouted] = {}
+        if restart:  # everything that can fail before anything is removed
+            request = request or resolve(job)
+            seen = _survey_all(request, progress)
+        check_store(job, path, run, restart=restart, series=slots is not None)
+        if slots is None:
+            request = _request(job, run, progress, request)
+            wanted = list(request.schedule)
+        else:
+            request, wanted = _series_request(job, path, run, request, slots)
+        with _client(job, client) as connected:
+            if link := getattr(connected, "dashboard_link", None):
+                progress.say(f"dashboard: {link}")
+            for period in wanted:
+                if slots is not None:
+                    _begin_slot(request, period, path, run, anew=anew)
+                made = _build_period(request, period, path, run, connected, progress, lock, seen.get(period.slot))
+                summary.periods.append(made)
     summary.seconds = time.perf_counter() - began
     if not any(p["published"] for p in summary.periods):
         first = next(p["message"] for p in summary.periods)
@@ -158,15 +165,15 @@ def _request(job: Job, run: RunFolder, progress: Progress, request: Request | No
     record = run.read("request.json")
     if record is not None:
         region = region_of(job.area)
-        found = load_items(run.path / "items.json")
-        progress.say(f"going on with {len(found.items)} frozen scenes of {run.path}")
+        found = from_frozen(run.read("items.json"), f"{run.where}/items.json")
+        progress.say(f"going on with {len(found.items)} frozen scenes of {run.where}")
         return Request(job, region, found, Grid.from_dict(record["grid"]), tuple(periods(job)))
     request = request or resolve(job)
     found = request.found
     progress.say(f"{len(found.items)} scenes from {found.source} ({found.profile.name}: {found.profile_why})")
     for note in found.notes:
         progress.say(note)
-    save_items(found, run.path / "items.json")
+    run.write_bytes(frozen_bytes(found), "items.json")
     run.write({"wish": wish_of(job), "job": job_json(job), "grid": request.grid.to_dict()}, "request.json")
     return request
 
@@ -196,17 +203,17 @@ def _slots_of(path: Path) -> list[int]:
 
 def _begin_slot(request: Request, period: Period, path: Path, run: RunFolder, *, anew: bool) -> None:
     """Freeze a period's scenes; what an earlier run made of other scenes is taken back first."""
-    name = run.period(period.slot).name
+    name = run.period(period.slot)
     items = [item for a in acquisitions_of(request, period) for item in a.items]
     if not items:
         return  # scenes that a catalog forgot do not undo a mosaic
     before = run.read(name, "items.json")
     if before is None or before.get("digest") != digest(items) or anew:
         # In this order, so that a kill at any point leaves a period that is finished or begun again, never half.
-        (run.period(period.slot) / "manifest.json").unlink(missing_ok=True)
+        run.objects.remove(f"{name}/manifest.json")
         _lower(request, period.slot, path)
         run.forget_period(period.slot)
-        save_items(replace(request.found, items=items), run.period(period.slot) / "items.json")
+        run.write_bytes(frozen_bytes(replace(request.found, items=items)), name, "items.json")
 
 
 def _lower(request: Request, slot: int, path: Path) -> None:
@@ -219,10 +226,17 @@ def _lower(request: Request, slot: int, path: Path) -> None:
 
 
 def _build_period(
-    request: Request, period: Period, path: Path, run: RunFolder, client: Any, progress: Progress
+    request: Request,
+    period: Period,
+    path: Path,
+    run: RunFolder,
+    client: Any,
+    progress: Progress,
+    lock: Held,
+    seen: Scouted | None,
 ) -> dict[str, Any]:
     job = request.job
-    name = run.period(period.slot).name
+    name = run.period(period.slot)
     outcome: dict[str, Any] = {
         "slot": period.slot,
         "start": day_text(period.start),
@@ -240,14 +254,15 @@ def _build_period(
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
         return {**outcome, "published": False, "message": message}
     record = run.read(name, "scout.json")
-    seen = Scouted.from_dict(record) if record else _survey(request, period, acquisitions, progress)
+    if seen is None or record:
+        seen = Scouted.from_dict(record) if record else _survey(request, period, acquisitions, progress)
     if not record:
         run.write(seen.to_dict(), name, "scout.json")
-        _keep_before(request, acquisitions, seen, run.period(period.slot) / "before.npz")
+        _keep_before(request, acquisitions, seen, run, period.slot)
     recipe = recipe_of(request, period, acquisitions, seen)
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
-    run_tasks(recipe, tasks, path, period.slot, run, client, progress)
+    run_tasks(recipe, tasks, path, period.slot, run, client, progress, guard=lock.check)
     facts = tally(run.marks(period.slot))
     outcome |= facts | {
         "seconds": round(time.perf_counter() - began, 2),
@@ -261,6 +276,7 @@ def _build_period(
             raise NothingClearError(f"{message}; widen time or lookback_days, or loosen mask")
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
         return {**outcome, "published": False, "message": message}
+    lock.check()
     _publish(request, period, seen, path)
     outcome |= {"published": True, "message": "finished", "anchors": _anchor_names(seen, acquisitions)}
     run.write(outcome, name, "manifest.json")
@@ -270,6 +286,16 @@ def _build_period(
 def _survey(request: Request, period: Period, acquisitions: Sequence[Acquisition], progress: Progress) -> Scouted:
     progress.begin("scout", sum(len(a.items) for a in acquisitions))
     return survey(request, period, acquisitions, lambda _done, _all: progress.step(1))
+
+
+def _survey_all(request: Request, progress: Progress) -> dict[int, Scouted]:
+    """The scout's answers for every period that has scenes."""
+    wanted = {period.slot: (period, acquisitions_of(request, period)) for period in request.schedule}
+    return {
+        slot: _survey(request, period, acquisitions, progress)
+        for slot, (period, acquisitions) in wanted.items()
+        if acquisitions
+    }
 
 
 def _anchor_names(seen: Scouted, acquisitions: Sequence[Acquisition]) -> list[str]:
@@ -289,7 +315,9 @@ def _check_failures(facts: dict[str, Any], job: Job) -> None:
         )
 
 
-def _keep_before(request: Request, acquisitions: Sequence[Acquisition], seen: Scouted, path: Path) -> None:
+def _keep_before(
+    request: Request, acquisitions: Sequence[Acquisition], seen: Scouted, run: RunFolder, slot: int
+) -> None:
     """Keep a small colour picture of the least cloudy acquisition, for ``cloudgate preview``."""
     best = max(
         range(len(seen.layers)),
@@ -318,7 +346,7 @@ def _keep_before(request: Request, acquisitions: Sequence[Acquisition], seen: Sc
     buffer = io.BytesIO()
     label = f"{day_text(acquisitions[best].day)} ({100 * seen.layers[best].clear_share:.0f} % clear)"
     np.savez_compressed(buffer, codes=codes, name=np.array(label))
-    write_whole(path, buffer.getvalue())
+    run.write_bytes(buffer.getvalue(), run.period(slot), "before.npz")
 
 
 def _publish(request: Request, period: Period, seen: Scouted, path: Path) -> None:

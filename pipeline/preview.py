@@ -4,6 +4,7 @@ Panels: true colour before (the least cloudy acquisition, kept small by each run
 flags; with scale bar, dates and legends. Reads every n-th pixel, so a huge store takes seconds.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,10 +77,11 @@ def _before(store: str | Path, mosaic: xr.Dataset, period: int) -> tuple[str, ND
     """(date and name, (3, y, x) reflectance) of the least cloudy acquisition, where the run kept it."""
     made = mosaic.attrs["cloudgate"]["periods"]
     slots = sorted(int(slot) for slot in made if made[slot].get("published", True))
-    path = RunFolder(store).period(slots[period]) / "before.npz"
-    if not path.exists():
+    run = RunFolder(store)
+    kept = run.read_bytes(run.period(slots[period]), "before.npz")
+    if kept is None:
         return None
-    with np.load(path, allow_pickle=False) as data:
+    with np.load(io.BytesIO(kept), allow_pickle=False) as data:
         return str(data["name"]), to_reflectance(data["codes"])
 
 

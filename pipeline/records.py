@@ -1,99 +1,113 @@
-"""What a run remembers: in come facts about a run, out come small files in ``<store>.run/`` from which it goes on.
+"""What a run remembers: in come facts about a run, out come small objects in ``<store>.run/`` from which it goes on.
 
     request.json        identity of the store and the fields of the job that shape pixels
-    period-<slot>/      items.json (frozen), scout.json (offsets, clear shares, anchors), manifest.json, before.png
+    period-<slot>/      items.json (frozen), scout.json (offsets, clear shares, anchors), manifest.json, before.npz
     period-<slot>/done/ one mark per finished shard, ``<row>.<col>.json``
+    lock                who works on the store (``pipeline.lock``)
 
-Every file is written whole or not at all. Nothing here enters the mosaic.
+They lie beside the store, on disk or in its bucket, for every kind of store. Every object is written whole or not at
+all. Nothing here enters the mosaic.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from pipeline.errors import StoreError
+from pipeline.objects import FileObjects, objects_at, write_whole
+
+__all__ = ["RunFolder", "write_whole"]
+
+_READERS: Final = 16
+"""Marks read at a time: in a bucket each takes a round trip."""
 
 
 class RunFolder:
-    """The run records of one store."""
+    """The run records of one store.
+
+    Attributes:
+        where: the folder, for messages.
+        objects: its objects, for what is not named here (lock, ledger).
+    """
 
     def __init__(self, store: str | Path) -> None:
-        store = Path(store)
-        self.path = store.with_name(store.name + ".run")
+        self.where = str(store).removeprefix("icechunk:").rstrip("/") + ".run"
+        self.objects = objects_at(self.where)
+
+    @property
+    def path(self) -> Path:
+        """The folder on disk.
+
+        Raises:
+            ValueError: if it lies in a bucket.
+        """
+        if isinstance(self.objects, FileObjects):
+            return self.objects.path
+        raise ValueError(f"{self.where} is no folder on disk")
 
     def exists(self) -> bool:
         """Whether any run was ever recorded."""
-        return (self.path / "request.json").exists()
+        return self.objects.get("request.json") is not None
 
-    def period(self, slot: int) -> Path:
-        """The folder of one period."""
-        return self.path / f"period-{slot:04d}"
+    def period(self, slot: int) -> str:
+        """The name of one period's part."""
+        return f"period-{slot:04d}"
 
     def slots(self) -> list[int]:
-        """Slots that have a folder, ascending."""
-        return sorted(int(p.name.removeprefix("period-")) for p in self.path.glob("period-*"))
+        """Slots that have records, ascending."""
+        parts = {name.partition("/")[0] for name in self.objects.names("period-")}
+        return sorted(int(part.removeprefix("period-")) for part in parts)
 
     def read(self, *name: str) -> Any:
-        """A JSON file of the folder, None where it is absent or was cut short by a crash."""
+        """A JSON object of the folder, None where it is absent or was cut short by a crash."""
+        data = self.read_bytes(*name)
         try:
-            return json.loads(self.path.joinpath(*name).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            return None if data is None else json.loads(data)
+        except json.JSONDecodeError:
             return None
 
     def write(self, data: Any, *name: str) -> None:
-        """Write a JSON file whole (canonical: sorted keys)."""
-        write_whole(self.path.joinpath(*name), json.dumps(data, sort_keys=True, indent=1).encode())
+        """Write a JSON object whole (canonical: sorted keys)."""
+        self.write_bytes(json.dumps(data, sort_keys=True, indent=1).encode(), *name)
+
+    def read_bytes(self, *name: str) -> bytes | None:
+        """Any object of the folder, None where it is absent."""
+        found = self.objects.get("/".join(name))
+        return found[0] if found else None
+
+    def write_bytes(self, data: bytes, *name: str) -> None:
+        """Write any object whole."""
+        self.objects.put("/".join(name), data)
 
     def done(self, slot: int) -> set[tuple[int, int]]:
         """(row, col) of the finished shards of a period."""
         out = set()
-        folder = self.period(slot) / "done"
-        for path in folder.iterdir() if folder.is_dir() else ():
-            row, _, rest = path.name.partition(".")
-            col = rest.removesuffix(".json")
+        for name in self.objects.names(f"{self.period(slot)}/done/"):
+            row, _, col = name.rpartition("/")[2].removesuffix(".json").partition(".")
             if row.isdigit() and col.isdigit():
                 out.add((int(row), int(col)))
         return out
 
     def mark(self, slot: int, shard: tuple[int, int], facts: Mapping[str, Any]) -> None:
         """Mark a shard as written."""
-        path = self.period(slot) / "done" / f"{shard[0]}.{shard[1]}.json"
-        write_whole(path, json.dumps(facts, sort_keys=True).encode())
+        name = f"{self.period(slot)}/done/{shard[0]}.{shard[1]}.json"
+        self.objects.put(name, json.dumps(facts, sort_keys=True).encode())
 
     def marks(self, slot: int) -> list[dict[str, Any]]:
         """The facts of all finished shards of a period, by shard."""
-        out = []
-        for row, col in sorted(self.done(slot)):
-            facts = self.read(self.period(slot).name, "done", f"{row}.{col}.json")
-            if facts is not None:
-                out.append(facts)
-        return out
+        part = self.period(slot)
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = pool.map(
+                lambda shard: self.read(part, "done", f"{shard[0]}.{shard[1]}.json"), sorted(self.done(slot))
+            )
+            return [facts for facts in found if facts is not None]
 
     def forget_period(self, slot: int) -> None:
         """Remove the records of one period."""
-        shutil.rmtree(self.period(slot), ignore_errors=True)
+        self.objects.clear(f"{self.period(slot)}/")
 
     def forget(self) -> None:
-        """Remove all records."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part.
-
-    Raises:
-        StoreError: disk full or no permission.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StoreError(
-            f"run records: cannot write {path}: {error}; free space or check permissions, then run again"
-        ) from error
+        """Remove what the runs of this store recorded; first the record that says that there is any."""
+        for name in ("request.json", "items.json", "period-"):
+            self.objects.clear(name)

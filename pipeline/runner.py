@@ -1,7 +1,7 @@
 """Tasks on a Dask cluster: in come a recipe and tasks, out come marks of finished shards, with bounded concurrency."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,8 +49,10 @@ def run_tasks(
     run: RunFolder,
     client: Any,
     progress: Progress,
+    *,
+    guard: Callable[[], None] = lambda: None,
 ) -> None:
-    """Submit with bounded concurrency; mark each shard as its task comes back."""
+    """Submit with bounded concurrency; mark each shard as its task comes back, while ``guard`` does not raise."""
     progress.begin("shards", sum(len(task.shards) for task in tasks))
     if not tasks:
         return
@@ -76,6 +78,7 @@ def run_tasks(
     flight = as_completed([submit(task) for _, task in zip(range(2 * workers), queue, strict=False)], loop=client.loop)
     for future in flight:
         report = _result(future)
+        guard()
         for number, shard in enumerate(report.task.shards):
             run.mark(slot, shard, _facts(report) if number == 0 else {})
         progress.step(len(report.task.shards), megabytes=report.bytes_read / 1e6)

@@ -26,7 +26,7 @@ def status(store: str | Path) -> dict[str, Any]:
     record = run.read("request.json")
     if record is None:
         raise StoreMismatchError(
-            f"store: no run is recorded at {run.path}; give the path of a store that `cloudgate mosaic` wrote"
+            f"store: no run is recorded at {run.where}; give the path of a store that `cloudgate mosaic` wrote"
         )
     grid = Grid.from_dict(record["grid"])
     shards = sum(1 for _ in grid.shards())
@@ -35,7 +35,7 @@ def status(store: str | Path) -> dict[str, Any]:
     series = record["wish"].get("series", False)
     for period in first_periods(job, max(run.slots(), default=-1) + 1) if series else periods(job):
         facts = tally(run.marks(period.slot))
-        manifest = run.read(run.period(period.slot).name, "manifest.json") or {}
+        manifest = run.read(run.period(period.slot), "manifest.json") or {}
         pixels = facts["filled"] + facts["unfilled"]
         out.append(
             {

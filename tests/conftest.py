@@ -1,6 +1,10 @@
 """What many tests share: the folder of real data, one small simulated region, one cluster of worker processes."""
 
 import os
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,3 +44,40 @@ def client() -> Iterator[Any]:
 def cluster_fields(client: Any) -> dict[str, Any]:
     """``cluster`` of a job that uses the shared workers."""
     return {"kind": "address", "address": client.scheduler.address}
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """``s3://...`` of a bucket on a real S3 server on loopback (moto), with credentials in the environment."""
+    import boto3
+
+    from pipeline.serve import _free_port
+
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 30
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            break
+        except OSError:
+            assert time.monotonic() < end, "moto_server does not answer"
+            time.sleep(0.05)
+    given = {
+        "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+        "AWS_ENDPOINT_URL": url,
+        "AWS_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="mosaics")
+        yield "s3://mosaics"
+    server.terminate()
+    server.wait()

@@ -132,7 +132,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(small, tmp_path, 
 
     # What a kill leaves besides: a shard written but not marked, one cut short, and zarr's own partial file.
     done = sorted(run.done(0))
-    (run.period(0) / "done" / f"{done[0][0]}.{done[0][1]}.json").unlink()
+    run.objects.remove(f"{run.period(0)}/done/{done[0][0]}.{done[0][1]}.json")
     shard = store / "0" / "red" / "c" / "0" / str(done[0][0]) / str(done[0][1])
     shard.write_bytes(shard.read_bytes()[:100])
     shard.with_suffix(".3f0c.partial").write_bytes(b"cut short")

@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError, StoreMismatchError
 from pipeline.grid import Grid
 from pipeline.periods import Period
 from pipeline.preview import FLAG_COLOURS, NO_DATA, preview, ramp, stretch
-from pipeline.records import RunFolder, write_whole
+from pipeline.records import RunFolder
 
 GRID = Grid("EPSG:32633", 10.0, (0.0, 0.0), -510000, 49998, 64, 96, 64)
 PERIODS = (Period(0, 19000, 19009, 19000, 19005), Period(1, 19010, 19019, 19010, 19015))
@@ -41,7 +41,8 @@ def mosaic(tmp_path):
         colour[0 if period.slot == 0 else 2] = 0.5
         buffer = io.BytesIO()
         np.savez_compressed(buffer, codes=to_codes(colour), name=np.array("a day"))
-        write_whole(RunFolder(path).period(period.slot) / "before.npz", buffer.getvalue())
+        run = RunFolder(path)
+        run.write_bytes(buffer.getvalue(), run.period(period.slot), "before.npz")
     attrs = {"title": "test", "cloudgate": {"layout": 1, "periods": about}}
     store.publish(path, GRID, BANDS, uncertainty=False, schedule=PERIODS, published=[True, True], attrs=attrs)
     return path
