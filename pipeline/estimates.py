@@ -1,7 +1,7 @@
 """In: the looks of a block as codes. Out: what the classical methods say about one target, for a model to start from.
 
 Pure numpy, eager; windows stand on the same lattice as ``regression``'s, so that training and inference see the same
-numbers. Arrays are reflectance in float32, missing values are NaN-free and marked.
+numbers. Arrays are reflectance in float32; missing values are marked, never NaN.
 """
 
 from dataclasses import dataclass
@@ -9,16 +9,29 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from pipeline import composite, regression
 from pipeline.bands import CODE_OFFSET, CODE_SCALE
 
 Float32 = NDArray[np.float32]
-ESTIMATES: Final = ("linear",)
-"""Names of the further estimates, in order."""
-CONTEXT: Final = ("looks",)
-"""Names of the per-pixel facts, in order: share of clear looks."""
-LEAST_SCALE: Final = np.float32(5e-4)
+Bool = NDArray[np.bool_]
+Codes = NDArray[np.uint16]
+
+ESTIMATES: Final = ("fit", "linear", "decay", "previous", "next")
+"""Further estimates, in order: the regression before its residual (on clear pixels too), linear interpolation and decay
+mean in time, the clear looks before and after the target; the prior where one of them is missing."""
+CONTEXT: Final = ("distance", "fitted", "days_previous", "days_next", "looks", "spread")
+"""Per-pixel facts, in order: signed distance to the edge of the gap (units of ``FAR_PX``; above 0 inside the gap, below
+on the target's clear pixels, at most 1), 1 where the fit spoke, days to the clear looks before and after (units of 30
+days, at most 4; 4 = none), clear looks (logarithm of 1 + count), standard deviation of the looks over time
+(reflectance)."""
+FAR_PX: Final = 64
+MOST_DAYS: Final = 120.0
+LEAST_SCALE: Final = np.float32(1e-3)
+"""No prior is trusted further than this, in reflectance."""
+UNKNOWN_SCALE: Final = np.float32(0.03)
+"""Sigma where the prior claims none (plain interpolation of a single look)."""
 HALO_PX: Final = regression.HALO_PX
 """An estimate depends on nothing farther than this."""
 
@@ -30,26 +43,30 @@ class Estimates:
     Attributes:
         prior: (B, H, W) float32 reflectance: the target itself where clear, the best estimate elsewhere; 0 = none.
         has_prior: (H, W) bool, True = some look shows this pixel.
+        known: (H, W) bool, True = the target itself is clear here.
         scale: (B, H, W) float32 reflectance, one sigma claimed by the prior, at least ``LEAST_SCALE``.
         estimates: (K, B, H, W) float32 reflectance in the order of ``ESTIMATES``; the prior where missing.
         context: (G, B, H, W) float32 in the order of ``CONTEXT``.
         source_date: (H, W) int32 days since 1970-01-01 of the nearest clear look used, 0 = none.
         codes: (B, H, W) uint16 codes of the prior, bit-exact where observed; 0 = no data.
+        sigma: (B, H, W) float32 codes, one sigma as the regression gives it, NaN where it gives none.
     """
 
     prior: Float32
-    has_prior: NDArray[np.bool_]
+    has_prior: Bool
+    known: Bool
     scale: Float32
     estimates: Float32
     context: Float32
     source_date: NDArray[np.int32]
-    codes: NDArray[np.uint16]
+    codes: Codes
+    sigma: Float32
 
 
 def estimate(
     *,
-    codes: NDArray[np.uint16],
-    clear: NDArray[np.bool_],
+    codes: Codes,
+    clear: Bool,
     days: NDArray[np.int32],
     target: int,
     anchor: int | None,
@@ -67,36 +84,96 @@ def estimate(
         anchor: index of the acquisition to complete, None to predict a date that shows nothing.
         row0: global lattice row of pixel [0, 0].
         col0: its column.
-        core: where answers are needed, all by default; elsewhere the answer may be missing.
+        core: where answers are needed, all by default; elsewhere the prior may be missing.
 
     Returns:
         ``Estimates`` of the whole block.
     """
-    line = composite.linear(codes=codes, clear=_without(clear, anchor), days=days, target=target)
-    if anchor is None:
-        filled, sigma, dates = line.codes, np.full(line.codes.shape, np.nan, np.float32), line.source_date
-    else:
+    usable = composite.complete_looks(codes=codes, clear=clear)
+    rest = usable.copy()
+    if anchor is not None:
+        rest[anchor] = False
+    line = composite.linear(codes=codes, clear=rest, days=days, target=target)
+    mean = composite.decay(codes=codes, clear=rest, days=days, target=target)
+    before, after = (
+        _look_beside(codes, rest, days, target, past=True),
+        _look_beside(codes, rest, days, target, past=False),
+    )
+    known, fit = np.zeros(clear.shape[1:], bool), np.full(line.codes.shape, np.nan, np.float32)
+    sigma, filled, dates = fit, line.codes, line.source_date
+    if anchor is not None:
         done = regression.fill_acquisition(
-            codes=codes, clear=clear, days=days, anchor=anchor, row0=row0, col0=col0, core=core
+            codes=codes, clear=clear, days=days, anchor=anchor, row0=row0, col0=col0, core=core, with_fit=True
         )
-        filled, sigma, dates = done.codes, done.sigma, done.source_date
-    has_prior = filled[0] != 0
+        assert done.fit is not None
+        filled, sigma, dates, fit, known = done.codes, done.sigma, done.source_date, done.fit, usable[anchor]
     prior = _reflectance(filled)
-    scale = np.maximum(np.nan_to_num(sigma * np.float32(CODE_SCALE), nan=0.02), LEAST_SCALE)
-    linear = np.where(line.codes[0] != 0, _reflectance(line.codes), prior)
-    share = np.broadcast_to(clear.mean(axis=0, dtype=np.float32), prior.shape)[None].astype(np.float32)
-    return Estimates(prior, has_prior, scale.astype(np.float32), linear[None], share, dates, filled)
+    fitted = np.isfinite(fit[0])
+    swing = np.abs(_reflectance(after[0]) - _reflectance(before[0])) * ((before[0] != 0) & (after[0] != 0))
+    unsure = np.where(swing > 0, np.float32(0.5) * swing + np.float32(0.005), UNKNOWN_SCALE)
+    scale = np.where(np.isfinite(sigma), sigma * np.float32(CODE_SCALE), unsure)
+    others = [(np.nan_to_num(fit, nan=0.0) - CODE_OFFSET) * np.float32(CODE_SCALE) * fitted]
+    others += [_reflectance(each) for each in (line.codes, mean.codes, before[0], after[0])]
+    there = [fitted] + [each[0] != 0 for each in (line.codes, mean.codes, before[0], after[0])]
+    return Estimates(
+        prior=prior,
+        has_prior=filled[0] != 0,
+        known=known,
+        scale=np.maximum(scale, LEAST_SCALE).astype(np.float32),
+        estimates=np.stack([np.where(m, e, prior) for e, m in zip(others, there, strict=True)]).astype(np.float32),
+        context=_context(codes, rest, target, known, fitted, before[1], after[1]),
+        source_date=dates,
+        codes=filled,
+        sigma=sigma,
+    )
 
 
-def _without(clear: NDArray[np.bool_], anchor: int | None) -> NDArray[np.bool_]:
-    if anchor is None:
-        return clear
-    rest = clear.copy()
-    rest[anchor] = False
-    return rest
+def _look_beside(
+    codes: Codes, clear: Bool, days: NDArray[np.int32], target: int, *, past: bool
+) -> tuple[Codes, NDArray[np.int32]]:
+    """The clear look before (not after) the target, or after it: codes (B, H, W), 0 = none, and its day (H, W)."""
+    value, day = np.zeros(codes.shape[1:], np.uint16), np.zeros(clear.shape[1:], np.int32)
+    chosen = [t for t in range(len(days)) if (days[t] <= target) == past]
+    for t in chosen if past else reversed(chosen):
+        np.copyto(value, codes[t], where=clear[t])
+        np.copyto(day, days[t], where=clear[t])
+    return value, day
 
 
-def _reflectance(codes: NDArray[np.uint16]) -> Float32:
+def _context(
+    codes: Codes,
+    clear: Bool,
+    target: int,
+    known: Bool,
+    fitted: Bool,
+    before: NDArray[np.int32],
+    after: NDArray[np.int32],
+) -> Float32:
+    """(G, B, H, W) in the order of ``CONTEXT``."""
+    inside = _distance(~known) if known.any() else np.full(known.shape, FAR_PX, np.float32)
+    outside = _distance(known) if not known.all() else np.full(known.shape, FAR_PX, np.float32)
+    distance = np.where(known, -outside, inside) / np.float32(FAR_PX)
+    away = [
+        np.where(day != 0, np.minimum(np.abs(day - target), MOST_DAYS), MOST_DAYS) / 30.0 for day in (before, after)
+    ]
+    count = clear.sum(axis=0, dtype=np.float32)
+    flat = np.stack([distance, fitted, *away, np.log1p(count)]).astype(np.float32)
+    out = np.empty((len(CONTEXT), *codes.shape[1:]), np.float32)
+    out[:-1] = flat[:, None]
+    for band in range(codes.shape[1]):
+        values = _reflectance(codes[:, band]) * clear
+        mean = values.sum(axis=0) / np.maximum(count, 1)
+        square = (values**2).sum(axis=0) / np.maximum(count, 1)
+        out[-1, band] = np.sqrt(np.maximum(square - mean**2, 0.0))
+    return out
+
+
+def _distance(inside: Bool) -> Float32:
+    """Pixels to the nearest False, at most ``FAR_PX``; so that it does not depend on what lies farther."""
+    return np.minimum(ndimage.distance_transform_edt(inside), FAR_PX).astype(np.float32)
+
+
+def _reflectance(codes: Codes) -> Float32:
     """Codes to float32 reflectance; 0 where there is no data."""
     values = (codes.astype(np.float32) - np.float32(CODE_OFFSET)) * np.float32(CODE_SCALE)
     return np.where(codes != 0, values, np.float32(0)).astype(np.float32)

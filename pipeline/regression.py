@@ -43,6 +43,8 @@ class Filled:
     """``(H, W)`` days since 1970-01-01: own day where observed, else of the nearest clear look; 0 = none."""
     model: Bool
     """``(H, W)`` True where the regression itself spoke; False = observed, or fallen back to plain linear."""
+    fit: Float32 | None = None
+    """``(B, H, W)`` codes, what the fit says before any residual, on clear pixels too; NaN beyond its cells."""
 
 
 def fill_acquisition(
@@ -55,6 +57,7 @@ def fill_acquisition(
     col0: int,
     options: RegressionOptions = DEFAULTS,
     core: tuple[slice, slice] | None = None,
+    with_fit: bool = False,
 ) -> Filled:
     """Complete one acquisition from the looks around it by target-conditioned regression.
 
@@ -68,6 +71,7 @@ def fill_acquisition(
         col0: its global lattice column.
         options: see :class:`RegressionOptions`.
         core: rows and columns to fill, where the rest is halo; default all. Outside, the result is no data.
+        with_fit: also give what the fit says about clear pixels near gaps, for whoever learns from its errors.
 
     Returns:
         :class:`Filled`, eager. A pixel depends on nothing farther than ``HALO_PX``.
@@ -90,6 +94,7 @@ def fill_acquisition(
     source_date = np.zeros((height, width), np.int32)
     source_date[area] = _nearest_look(clear[:, *area], days, anchor)
     model = np.zeros((height, width), bool)
+    fit = np.full(sigma.shape, np.nan, np.float32) if with_fit else None
     lattice = plan(gap, row0, col0)
     if n_times > 1 and lattice.nodes:
         growth = _growth(clear[anchor], row0, col0)
@@ -97,8 +102,8 @@ def fill_acquisition(
             windows = Windows(clear, days, anchor, lattice, options)
             for bands in _groups(n_bands):
                 part = Group(codes[:, bands], windows, options)
-                part.write(out[bands], sigma[bands], model, gap, growth)
-    return Filled(out, sigma, source_date, model)
+                part.write(out[bands], sigma[bands], model, gap, growth, None if fit is None else fit[bands])
+    return Filled(out, sigma, source_date, model, fit)
 
 
 def fill_series(

@@ -238,8 +238,10 @@ class Group:
         fade = count / (count + np.float32(RESIDUAL_FLOOR))
         return np.concatenate([(left_mean - slope * guide_mean) * fade, slope * fade])
 
-    def write(self, out: UInt16, sigma: Float32, model: Bool, gap: Bool, growth: Float32) -> None:
-        """Fill the gaps of ``out``, ``sigma`` and ``model`` in place."""
+    def write(
+        self, out: UInt16, sigma: Float32, model: Bool, gap: Bool, growth: Float32, fit: Float32 | None = None
+    ) -> None:
+        """Fill the gaps of ``out``, ``sigma`` and ``model`` in place; and ``fit`` wherever it was predicted."""
         lat = self.lattice
         around = {cell: self._corners(cell) for cell in self.held}
         added = np.zeros((len(self.held), self.n_bands, CELL_PX**2), np.float32)
@@ -252,6 +254,13 @@ class Group:
             rows = overlap(y * CELL_PX - lat.top, CELL_PX, gap.shape[0])
             cols = overlap(x * CELL_PX - lat.left, CELL_PX, gap.shape[1])
             looked = held.tile.looked[held.pixels].reshape(CELL_PX, CELL_PX)
+            if fit is not None:
+                spoken = (held.tile.rows[-self.n_bands :, held.pixels] + added[k]).reshape(-1, CELL_PX, CELL_PX)
+                np.copyto(
+                    fit[:, rows.outer, cols.outer],
+                    spoken[:, rows.inner, cols.inner],
+                    where=looked[rows.inner, cols.inner],
+                )
             here = gap[rows.outer, cols.outer] & looked[rows.inner, cols.inner]
             if not here.any():
                 continue

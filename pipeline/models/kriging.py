@@ -1,0 +1,169 @@
+"""What a fit leaves over, carried into the gap: in come residuals on clear pixels and a series, out comes a correction.
+
+Kriging (a Gaussian process) of the residuals with a learned kernel: two pixels are alike when they lie near each other
+**and** went through the season alike on the dates when both were seen. A pixel in the gap thus takes most from clear
+pixels of its own crop or its own field. The kernel's lengths, its noise and the weight of each date are learned with the
+rest of the model; the posterior variance comes with the answer.
+
+Source: Rasmussen & Williams 2006, chapter 2 (posterior mean and variance); Wilson et al. 2016, arXiv:1511.02222 (a
+kernel learned by gradients).
+"""
+
+import torch
+from torch import Tensor, nn
+
+LEAST_SHARE = 0.3
+"""A date serves where it is clear on more than this share of the patch."""
+TEXTURE_FLOOR = 3e-3
+"""Reflectance added to a date's contrast, so that a date without any says nothing."""
+OUT = 1e4
+"""Noise of a place among the keys that holds no pixel."""
+
+
+class Kriging(nn.Module):
+    """Residuals of clear pixels carried into the gap by similarity in space and series.
+
+    Args:
+        keys: most clear pixels that speak, the nearest to the gap.
+        dates: most dates compared, the nearest in time.
+    """
+
+    def __init__(self, *, keys: int = 768, dates: int = 14) -> None:
+        super().__init__()
+        self.keys, self.dates = keys, dates
+        # two Laplace kernels, near and far; lengths in pixels and in standard deviations of the series
+        self.log_space = nn.Parameter(torch.tensor([2.7, 4.0]))
+        self.log_series = nn.Parameter(torch.tensor([-0.3, 0.2]))
+        self.mixture = nn.Parameter(torch.zeros(2))
+        self.log_noise = nn.Parameter(torch.tensor(-2.0))
+        self.fade = nn.Parameter(torch.tensor(0.3))  # weight of a date 30 days away: exp(-fade)
+
+    def forward(
+        self, series: Tensor, weights: Tensor, residual: Tensor, usable: Tensor, nearness: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Carry residuals into every pixel of the patch.
+
+        Args:
+            series: (B, D, C, H, W) standardised values on the dates compared, no missing ones.
+            weights: (B, D) weight of each date, 0 = not compared; the fade in time is applied by the caller's days.
+            residual: (B, C, H, W) what the fit leaves over, in units of its error; 0 where unknown.
+            usable: (B, 1, H, W) 1 = ``residual`` is known here.
+            nearness: (B, 1, H, W) the smaller, the sooner a pixel becomes a key.
+
+        Returns:
+            Correction (B, C, H, W) in the unit of ``residual``, and the posterior variance's share (B, 1, H, W), 1 where
+            nothing is known and near 0 beside clear pixels that are alike.
+        """
+        b, _, _, h, w = series.shape
+        features = self._features(series, weights)  # (B, N, F)
+        at, there = _nearest(usable.flatten(1), nearness.flatten(1), min(self.keys, h * w))
+        key_features = _take(features, at)
+        place = _places(h, w, series.device)[None].expand(b, -1, -1)
+        key_place = _take(place, at)
+        kernel = self._kernel(key_place, key_features, key_place, key_features)
+        noise = self.log_noise.exp() + (1.0 - there) * OUT
+        matrix = kernel + torch.diag_embed(noise)
+        values = _take(residual.flatten(2).transpose(1, 2), at) * there[..., None]  # (B, M, C)
+        factor = torch.linalg.cholesky(matrix)
+        solved = torch.cholesky_solve(values, factor)
+        across = self._kernel(place, features, key_place, key_features) * there[:, None]  # (B, N, M)
+        correction = (across @ solved).transpose(1, 2).reshape(b, -1, h, w)
+        # a cheap upper bound of the posterior variance: what the most alike key alone explains
+        alike = across.amax(dim=2) ** 2 / (1.0 + self.log_noise.exp())
+        return correction, (1.0 - alike).clamp(0.0, 1.0).reshape(b, 1, h, w)
+
+    def _features(self, series: Tensor, weights: Tensor) -> Tensor:
+        """(B, N, F): scaled so that the squared distance is a weighted mean over dates and bands."""
+        b, d, c, h, w = series.shape
+        share = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
+        # the root's slope at 0 is infinite: dates that are not compared must not reach it
+        scaled = (
+            series * (share.clamp_min(1e-6) / c).sqrt()[:, :, None, None, None] * (share > 0)[:, :, None, None, None]
+        )
+        return scaled.reshape(b, d * c, h * w).transpose(1, 2)
+
+    def _kernel(self, place_a: Tensor, series_a: Tensor, place_b: Tensor, series_b: Tensor) -> Tensor:
+        far = _squared(place_a, place_b)
+        unlike = _squared(series_a, series_b)
+        mixture = self.mixture.softmax(dim=0)
+        total: Tensor | None = None
+        for k in range(2):
+            squared = far * (-2.0 * self.log_space[k]).exp() + unlike * (-2.0 * self.log_series[k]).exp()
+            part = mixture[k] * torch.exp(-torch.sqrt(squared + 1e-6))
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def date_weights(self, days: Tensor, share: Tensor) -> Tensor:
+        """(B, D) weights of dates from days to the target (B, D) and their clear share (B, D)."""
+        weight: Tensor = torch.exp(-self.fade * days.abs() / 30.0) * (share > LEAST_SHARE)
+        return weight
+
+
+def _squared(a: Tensor, b: Tensor) -> Tensor:
+    """(B, N, M) squared distances between rows of (B, N, F) and (B, M, F)."""
+    inner = torch.baddbmm((a**2).sum(-1)[:, :, None] + (b**2).sum(-1)[:, None], a, b.transpose(1, 2), alpha=-2.0)
+    return inner.clamp_min(0.0)
+
+
+def _nearest(usable: Tensor, nearness: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Indices (B, M) of the usable pixels that come first, and (B, M) 1 = holds one; ties go to the lower index."""
+    order = torch.where(usable > 0, nearness, torch.full_like(nearness, torch.inf))
+    at = torch.argsort(order, dim=1, stable=True)[:, :most]
+    return at, torch.gather(usable, 1, at)
+
+
+def _take(values: Tensor, at: Tensor) -> Tensor:
+    """Rows (B, M, F) of (B, N, F)."""
+    return torch.gather(values, 1, at[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _places(h: int, w: int, device: torch.device) -> Tensor:
+    """(N, 2) pixel positions."""
+    y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    return torch.stack([y, x], dim=-1).reshape(-1, 2).float()
+
+
+def closed_series(looks: Tensor, clear: Tensor, days: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The dates nearest to the target with their gaps closed linearly in time, standardised over the patch.
+
+    Args:
+        looks: (B, T, C, H, W) reflectance.
+        clear: (B, T, 1, H, W) 1 = usable; 0 for the target itself and for padding.
+        days: (B, T) signed days from the target.
+        most: dates kept.
+
+    Returns:
+        series (B, D, C, H, W), days (B, D), clear share (B, D); a date clear on nothing has share 0.
+    """
+    order = torch.argsort(days, dim=1, stable=True)
+    looks, clear = _pick(looks, order), _pick(clear, order) > 0
+    days = torch.gather(days, 1, order)
+    t = looks.shape[1]
+    steps = torch.arange(t, device=looks.device)[None, :, None, None, None]
+    before = torch.where(clear, steps, -1).cummax(dim=1).values
+    after = torch.where(clear, steps, t).flip(1).cummin(dim=1).values.flip(1)
+    early, late = before.clamp_min(0), after.clamp_max(t - 1)
+    early, late = torch.where(before < 0, late, early), torch.where(after >= t, early, late)
+    clock = days[:, :, None, None, None].expand(-1, -1, 1, *looks.shape[3:])
+    first, second = clock.gather(1, early), clock.gather(1, late)
+    share = ((clock - first) / (second - first).clamp_min(0.5)).clamp(0.0, 1.0)
+    values = looks.gather(1, early.expand_as(looks))
+    values = values + (looks.gather(1, late.expand_as(looks)) - values) * share
+    looked = (clear.any(dim=1, keepdim=True)).float()
+    seen = clear.float().sum(dim=(2, 3, 4)) / looked.sum(dim=(2, 3, 4)).clamp_min(1.0)  # (B, T)
+    worth = torch.where(seen > LEAST_SHARE, days.abs(), days.abs() + 1e6)
+    best = torch.argsort(worth, dim=1, stable=True)[:, :most]
+    best = best.sort(dim=1).values
+    values, days, seen = _pick(values, best), torch.gather(days, 1, best), torch.gather(seen, 1, best)
+    count = looked.sum(dim=(3, 4), keepdim=True).clamp_min(1.0)
+    mean = (values * looked).sum(dim=(3, 4), keepdim=True) / count
+    centred = (values - mean) * looked
+    contrast = (centred**2).sum(dim=(3, 4), keepdim=True).div(count).sqrt()
+    return centred / (contrast + TEXTURE_FLOOR), days, seen
+
+
+def _pick(values: Tensor, at: Tensor) -> Tensor:
+    """Steps (B, D, ...) of (B, T, ...)."""
+    index = at.reshape(*at.shape, *([1] * (values.dim() - 2))).expand(-1, -1, *values.shape[2:])
+    return values.gather(1, index)
