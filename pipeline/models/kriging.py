@@ -1,9 +1,9 @@
 """What a fit leaves over, carried into the gap: in come residuals on clear pixels and a series, out comes a correction.
 
 Kriging (a Gaussian process) of the residuals with a learned kernel: two pixels are alike when they lie near each other
-**and** went through the season alike on the dates when both were seen. A pixel in the gap thus takes most from clear
-pixels of its own crop or its own field. The kernel's lengths, its noise and the weight of each date are learned with the
-rest of the model; the posterior variance comes with the answer.
+**and** went through the season alike. A pixel in the gap thus takes most from clear pixels of its own crop or its own
+field. The kernel's lengths, its noise and the weight of each date are learned with the rest of the model; what remains
+unexplained comes with the answer.
 
 Source: Rasmussen & Williams 2006, chapter 2 (posterior mean and variance); Wilson et al. 2016, arXiv:1511.02222 (a
 kernel learned by gradients).
@@ -51,8 +51,8 @@ class Kriging(nn.Module):
             nearness: (B, 1, H, W) the smaller, the sooner a pixel becomes a key.
 
         Returns:
-            Correction (B, C, H, W) in the unit of ``residual``, and the posterior variance's share (B, 1, H, W), 1 where
-            nothing is known and near 0 beside clear pixels that are alike.
+            Correction (B, C, H, W) in the unit of ``residual``, and the variance left (B, 1, H, W): 1 where nothing
+            is known, near 0 where alike clear pixels lie beside.
         """
         b, _, _, h, w = series.shape
         features = self._features(series, weights)  # (B, N, F)
