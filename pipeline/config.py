@@ -271,6 +271,9 @@ class Output(_Base):
     """Where the mosaic goes."""
 
     store: str | None = Field(None, description="Zarr store, relative to the working directory")
+    overviews: bool = Field(
+        True, description="write coarser levels too, down to 256 px; a store that has them keeps having them"
+    )
 
 
 class Cluster(_Base):

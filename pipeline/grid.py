@@ -22,6 +22,8 @@ from shapely.geometry.base import BaseGeometry
 from pipeline.errors import ConfigError
 
 CHUNK_PX = 512
+OVERVIEW_PX = 256
+"""The coarsest level of a mosaic is at most this wide and high."""
 
 
 def projected_crs(text: str) -> CRS:
@@ -174,6 +176,27 @@ class Grid:
     def padded(self, px: int) -> "Grid":
         """The grid grown by ``px`` pixels on each side."""
         return self.window((-px, self.height + px), (-px, self.width + px))
+
+    def coarser(self) -> "Grid":
+        """The next level: pixels of twice the side from the same corner; an odd edge is rounded up."""
+        side = 2 * self.resolution_m
+        phase = (self.left % side, self.top % side)
+        return replace(
+            self,
+            resolution_m=side,
+            phase_m=phase,
+            row0=round((phase[1] - self.top) / side),
+            col0=round((self.left - phase[0]) / side),
+            height=-(-self.height // 2),
+            width=-(-self.width // 2),
+        )
+
+    def levels(self, count: int | None = None) -> list["Grid"]:
+        """This grid and its coarser ones: ``count`` of them, or down to ``OVERVIEW_PX``."""
+        out = [self]
+        while len(out) <= count if count is not None else max(out[-1].shape) > OVERVIEW_PX:
+            out.append(out[-1].coarser())
+        return out
 
     def shards(self) -> Iterator[tuple[int, int]]:
         """(row, col) of each shard, row by row."""

@@ -40,7 +40,7 @@ from pipeline.reader import dn_to_codes, read_window
 from pipeline.records import RunFolder
 from pipeline.region import region_of
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
-from pipeline.runner import Progress, Silent, run_tasks
+from pipeline.runner import Progress, Silent, add_overviews, run_overviews, run_tasks
 from pipeline.scout import Scouted, coarse_grid
 from pipeline.status import tally
 
@@ -127,6 +127,8 @@ def build(
         with _client(job, client) as connected:
             if link := getattr(connected, "dashboard_link", None):
                 progress.say(f"dashboard: {link}")
+            if job.output.overviews and stores.read_attrs(path):
+                add_overviews(path, run, connected, progress, guard=lock.check)
             for period in wanted:
                 if slots is not None:
                     _begin_slot(request, period, path, run, anew=anew)
@@ -222,7 +224,7 @@ def _lower(request: Request, slot: int, path: Path) -> None:
     if old and str(slot) in old["cloudgate"]["periods"]:
         about = dict(old["cloudgate"])
         about["periods"] = {**about["periods"], str(slot): {**about["periods"][str(slot)], "published": False}}
-        _write_metadata(request, about, path)
+        _write_metadata(request, about, path, stores.levels(path))
 
 
 def _build_period(
@@ -276,8 +278,9 @@ def _build_period(
             raise NothingClearError(f"{message}; widen time or lookback_days, or loosen mask")
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
         return {**outcome, "published": False, "message": message}
+    levels = _overviews(request, period, path, run, client, progress, lock)
     lock.check()
-    _publish(request, period, seen, path)
+    _publish(request, period, seen, path, levels)
     outcome |= {"published": True, "message": "finished", "anchors": _anchor_names(seen, acquisitions)}
     run.write(outcome, name, "manifest.json")
     return outcome
@@ -349,7 +352,19 @@ def _keep_before(
     run.write_bytes(buffer.getvalue(), run.period(slot), "before.npz")
 
 
-def _publish(request: Request, period: Period, seen: Scouted, path: Path) -> None:
+def _overviews(
+    request: Request, period: Period, path: Path, run: RunFolder, client: Any, progress: Progress, lock: Held
+) -> int:
+    """Write the period's overviews where they are asked for, or where the store's other periods have them: how many."""
+    job, grid = request.job, request.grid
+    if not (job.output.overviews or stores.levels(path)):
+        return 0
+    layers = (job.bands, has_uncertainty(job.method))
+    run_overviews(path, grid, layers, period.slot, run, client, progress, guard=lock.check)
+    return len(grid.levels()) - 1
+
+
+def _publish(request: Request, period: Period, seen: Scouted, path: Path, levels: int) -> None:
     """Write metadata last; earlier published periods stay published."""
     job, grid = request.job, request.grid
     old = stores.read_attrs(path)
@@ -379,10 +394,10 @@ def _publish(request: Request, period: Period, seen: Scouted, path: Path) -> Non
             "result_version": RESULT_VERSION,
         },
     }
-    _write_metadata(request, about, path)
+    _write_metadata(request, about, path, levels)
 
 
-def _write_metadata(request: Request, about: dict[str, Any], path: Path) -> None:
+def _write_metadata(request: Request, about: dict[str, Any], path: Path, levels: int) -> None:
     """Shapes, coordinates, ``published`` and attributes of a store whose periods are those of ``about``."""
     job = request.job
     by_slot = sorted(about["periods"].items(), key=lambda entry: int(entry[0]))  # whatever the order of writing
@@ -396,4 +411,5 @@ def _write_metadata(request: Request, about: dict[str, Any], path: Path) -> None
         schedule=schedule,
         published=[about["periods"].get(str(p.slot), {"published": False}).get("published", True) for p in schedule],
         attrs={"title": job.name, "source": "Copernicus Sentinel-2", "cloudgate": about},
+        levels=levels,
     )

@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.bands import rgb_bands, to_reflectance
 from pipeline.errors import ConfigError
 from pipeline.items import day_text
+from pipeline.layers import FLAGS
 from pipeline.records import RunFolder
-from pipeline.store import FLAGS, open_mosaic
+from pipeline.store import open_mosaic
 
 RGB = NDArray[np.uint8]
 

@@ -2,7 +2,7 @@
 
     request.json        identity of the store and the fields of the job that shape pixels
     period-<slot>/      items.json (frozen), scout.json (offsets, clear shares, anchors), manifest.json, before.npz
-    period-<slot>/done/ one mark per finished shard, ``<row>.<col>.json``
+    period-<slot>/done/ one mark per finished shard, ``<row>.<col>.json``; ``done-<level>/`` those of an overview
     lock                who works on the store (``pipeline.lock``)
 
 They lie beside the store, on disk or in its bucket, for every kind of store. Every object is written whole or not at
@@ -80,18 +80,21 @@ class RunFolder:
         """Write any object whole."""
         self.objects.put("/".join(name), data)
 
-    def done(self, slot: int) -> set[tuple[int, int]]:
-        """(row, col) of the finished shards of a period."""
+    def done(self, slot: int, level: int = 0) -> set[tuple[int, int]]:
+        """(row, col) of the finished shards of a period, or of an overview of it."""
         out = set()
-        for name in self.objects.names(f"{self.period(slot)}/done/"):
+        for name in self.objects.names(self._done(slot, level)):
             row, _, col = name.rpartition("/")[2].removesuffix(".json").partition(".")
             if row.isdigit() and col.isdigit():
                 out.add((int(row), int(col)))
         return out
 
-    def mark(self, slot: int, shard: tuple[int, int], facts: Mapping[str, Any]) -> None:
+    def _done(self, slot: int, level: int) -> str:
+        return f"{self.period(slot)}/done{f'-{level}' if level else ''}/"
+
+    def mark(self, slot: int, shard: tuple[int, int], facts: Mapping[str, Any], level: int = 0) -> None:
         """Mark a shard as written."""
-        name = f"{self.period(slot)}/done/{shard[0]}.{shard[1]}.json"
+        name = f"{self._done(slot, level)}{shard[0]}.{shard[1]}.json"
         self.objects.put(name, json.dumps(facts, sort_keys=True).encode())
 
     def marks(self, slot: int) -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 Layers are written first, into places no reader looks at yet; ``publish`` then writes shapes, ``time`` and
 ``published`` with the consolidated metadata last, so a half-written period is never taken for a finished one.
-Arrays lie in group ``0`` as ``(time, y, x)``; attributes and conventions stand on the root and on the group.
+Arrays lie in group ``0`` as ``(time, y, x)``, overviews in ``1``, ``2``, ...; attributes and conventions stand on the
+root and on the groups.
 """
 
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 from zarr.core.array import AsyncArray
 from zarr.core.buffer import default_buffer_prototype
-from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync
 from zarr.storage import StorePath
 
 from pipeline import conventions
-from pipeline.bands import BANDS, CODE_OFFSET, CODE_SCALE
+from pipeline.bands import BANDS
 from pipeline.errors import StoreError, StoreMismatchError
-from pipeline.grid import CHUNK_PX, Grid
+from pipeline.grid import Grid
+from pipeline.layers import LayerSpec, array_metadata, layer_specs
 from pipeline.periods import Period
 
 LAYOUT_VERSION = 1
@@ -34,116 +35,13 @@ GROUP = "0"
 TIME_CHUNK = 512
 """Slots in one chunk of a coordinate along ``time``: fixed, so that growing never rewrites a chunk's place."""
 
-FLAGS = {
-    "no_data": 1,
-    "observed_at_anchor": 2,
-    "composed_in_time": 4,
-    "model_only": 8,
-    "read_failed": 16,
-    "low_confidence": 32,
-    "other_season": 64,
-    "sar_guided": 128,
-    "outside_area": 256,
-    "blended_anchors": 512,
-}
-"""Bits of the ``flags`` layer."""
 
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One array of the store: dtype, fill value, CF attributes."""
-
-    dtype: str
-    fill: int
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-
-
-def layer_specs(bands: Sequence[str], *, uncertainty: bool) -> dict[str, LayerSpec]:
-    """The arrays of a mosaic by name, in order: bands, provenance layers, uncertainties where the method fills them."""
-    specs = {
-        band: LayerSpec(
-            "uint16",
-            0,
-            {
-                "long_name": f"surface reflectance, {band}",
-                "standard_name": "surface_bidirectional_reflectance",
-                "units": "1",
-                "scale_factor": CODE_SCALE,
-                "add_offset": -CODE_OFFSET * CODE_SCALE,
-                "_FillValue": 0,
-                "wavelength_nm": BANDS[band].wavelength_nm,
-            },
-        )
-        for band in bands
-    }
-    specs["clear_count"] = LayerSpec("uint16", 0, {"long_name": "clear looks in the span", "units": "1"})
-    specs["source_date"] = LayerSpec(
-        "int32",
-        0,
-        {
-            "long_name": "date of the look that the pixel shows",
-            "units": "days since 1970-01-01",
-            "_FillValue": 0,
-        },
-    )
-    specs["flags"] = LayerSpec(
-        "uint16",
-        0,
-        {
-            "long_name": "what made the pixel",
-            "flag_masks": list(FLAGS.values()),
-            "flag_meanings": " ".join(FLAGS),
-        },
-    )
-    if uncertainty:
-        for band in bands:
-            specs[f"uncertainty_{band}"] = LayerSpec(
-                "uint16",
-                65535,
-                {
-                    "long_name": f"one sigma of the reflectance, {band}",
-                    "units": "1",
-                    "scale_factor": CODE_SCALE,
-                    "_FillValue": 65535,
-                },
-            )
-    return specs
-
-
-def _array_metadata(spec: LayerSpec, grid: Grid, slots: int) -> ArrayV3Metadata:
-    shard = (1, grid.shard_px, grid.shard_px)
-    chunk = (1, min(CHUNK_PX, grid.shard_px), min(CHUNK_PX, grid.shard_px))
-    blosc = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=np.dtype(spec.dtype).itemsize)
-    inner = [{"name": "bytes", "configuration": {"endian": "little"}}, blosc.to_dict()]
-    sharding: dict[str, Any] = {
-        "name": "sharding_indexed",
-        "configuration": {
-            "chunk_shape": list(chunk),
-            "codecs": inner,
-            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-            "index_location": "end",
-        },
-    }
-    return ArrayV3Metadata.from_dict(
-        {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": [slots, grid.height, grid.width],
-            "data_type": spec.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": spec.fill,
-            "codecs": [sharding],
-            "dimension_names": ["time", "y", "x"],
-            "attributes": {**spec.attrs, "grid_mapping": "spatial_ref"},
-        }
-    )
-
-
-def _array(store: zarr.storage.LocalStore, name: str, spec: LayerSpec, grid: Grid, slots: int) -> zarr.Array[Any]:
+def _array(
+    store: zarr.storage.LocalStore, group: str, name: str, spec: LayerSpec, grid: Grid, slots: int
+) -> zarr.Array[Any]:
     """The array as it will be, without touching its metadata on disk."""
-    place = StorePath(store, f"{GROUP}/{name}")
-    return zarr.Array(AsyncArray(metadata=_array_metadata(spec, grid, slots), store_path=place))
+    place = StorePath(store, f"{group}/{name}")
+    return zarr.Array(AsyncArray(metadata=array_metadata(spec, grid, slots), store_path=place))
 
 
 def write_region(
@@ -153,16 +51,19 @@ def write_region(
     rows: tuple[int, int],
     cols: tuple[int, int],
     layers: Mapping[str, NDArray[Any]],
+    *,
+    group: str = GROUP,
 ) -> int:
     """Write whole shards of one period.
 
     Args:
         path: the store.
-        grid: the mosaic's grid.
+        grid: the mosaic's grid, or the level's.
         slot: index on ``time``.
         rows: [r0, r1) of the region in the grid; must begin at a shard and end at one or at the grid's edge.
         cols: [c0, c1), likewise.
         layers: name -> (rows, cols) array of the layer's dtype (codes for bands).
+        group: the level.
 
     Returns:
         Bytes of the arrays before compression.
@@ -178,7 +79,7 @@ def write_region(
     total = 0
     try:
         for name, values in layers.items():
-            array = _array(store, name, specs[name], grid, slot + 1)
+            array = _array(store, group, name, specs[name], grid, slot + 1)
             array[slot, rows[0] : rows[1], cols[0] : cols[1]] = values.astype(specs[name].dtype, copy=False)
             total += values.nbytes
     except OSError as error:
@@ -187,6 +88,23 @@ def write_region(
             "it goes on after the last finished shard"
         ) from error
     return total
+
+
+def read_region(
+    path: str | Path,
+    grid: Grid,
+    slot: int,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    name: str,
+    *,
+    group: str = GROUP,
+) -> NDArray[Any]:
+    """Read back what ``write_region`` wrote, published or not: (rows, cols) of one layer, fill where nothing is."""
+    array = _array(
+        zarr.storage.LocalStore(path), group, name, layer_specs(tuple(BANDS), uncertainty=True)[name], grid, slot + 1
+    )
+    return np.asarray(array[slot, rows[0] : rows[1], cols[0] : cols[1]])
 
 
 def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: Sequence[str], attrs: Mapping[str, Any]) -> None:
@@ -206,17 +124,24 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: Sequence[str]
     array[...] = values
 
 
-def _put_coordinates(group: zarr.Group, grid: Grid, schedule: Sequence[Period], published: Sequence[bool]) -> None:
+@dataclass(frozen=True)
+class _Times:
+    """What stands along ``time``, per slot: the day shown, first day and the one after the last, whether finished."""
+
+    days: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    published: NDArray[np.uint8]
+
+
+def _put_coordinates(group: zarr.Group, grid: Grid, times: _Times) -> None:
     _put(group, "x", grid.x, ["x"], {"standard_name": "projection_x_coordinate", "units": "m", "axis": "X"})
     _put(group, "y", grid.y, ["y"], {"standard_name": "projection_y_coordinate", "units": "m", "axis": "Y"})
     _put(group, "spatial_ref", np.array(0, np.int64), [], conventions.spatial_ref(grid))
-    days = np.array([period.target for period in schedule], np.int64)
-    bounds = np.array([[period.start, period.end + 1] for period in schedule], np.int64)
     units = {"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"}
-    _put(group, "time_bnds", bounds, ["time", "nv"], units)
-    _put(group, "time", days, ["time"], {**units, "standard_name": "time", "bounds": "time_bnds", "axis": "T"})
+    _put(group, "time_bnds", times.bounds, ["time", "nv"], units)
+    _put(group, "time", times.days, ["time"], {**units, "standard_name": "time", "bounds": "time_bnds", "axis": "T"})
     flags = {"long_name": "period is finished", "flag_values": [0, 1], "flag_meanings": "unfinished finished"}
-    _put(group, "published", np.array(published, np.uint8), ["time"], flags)
+    _put(group, "published", times.published, ["time"], flags)
 
 
 def publish(
@@ -228,6 +153,7 @@ def publish(
     schedule: Sequence[Period],
     published: Sequence[bool],
     attrs: Mapping[str, Any],
+    levels: int = 0,
 ) -> None:
     """Make written periods visible: shapes, coordinates, ``published`` and attributes, consolidated metadata last.
 
@@ -239,23 +165,70 @@ def publish(
         schedule: the periods of slots 0..n-1.
         published: per slot, whether the period is finished.
         attrs: group attributes (identity, provenance of each period); JSON values.
+        levels: how many overviews all published periods have.
 
     Raises:
         StoreError: disk full or no permission.
     """
+    times = _Times(
+        np.array([period.target for period in schedule], np.int64),
+        np.array([[period.start, period.end + 1] for period in schedule], np.int64),
+        np.array(published, np.uint8),
+    )
+    everything = {"Conventions": "CF-1.11", "bands": list(bands), **attrs}
+    _publish(path, grid.levels(levels), layer_specs(bands, uncertainty=uncertainty), times, everything)
+
+
+def publish_overviews(path: str | Path, levels: int) -> None:
+    """Make overviews visible that were written for all published periods of a finished store.
+
+    Raises:
+        StoreMismatchError: without a finished store. StoreError: disk full or no permission.
+    """
+    attrs = finished(path)
+    store = zarr.storage.LocalStore(path)
+    there = [zarr.open_array(store, path=f"{GROUP}/{name}", mode="r") for name in ("time", "time_bnds", "published")]
+    times = _Times(*(np.asarray(array[:]) for array in there))
+    grid = Grid.from_dict(attrs["cloudgate"]["grid"])
+    own = {name: value for name, value in attrs.items() if name not in conventions.level_attributes(grid)}
+    specs = layer_specs(attrs["bands"], uncertainty=uncertain(path, attrs["bands"]))
+    _publish(path, grid.levels(levels), specs, times, own)
+
+
+def levels(path: str | Path) -> int:
+    """How many overviews readers of a store find: of the consolidated metadata, which are written last."""
+    try:
+        root = zarr.open_group(zarr.storage.LocalStore(path), mode="r", use_consolidated=True)
+    except (FileNotFoundError, ValueError):
+        return 0
+    return sum(1 for name in root.group_keys() if name.isdigit()) - 1
+
+
+def uncertain(path: str | Path, bands: Sequence[str]) -> bool:
+    """Whether a published store of these bands has uncertainties."""
+    return f"uncertainty_{bands[0]}" in zarr.open_group(zarr.storage.LocalStore(path), path=GROUP, mode="r")
+
+
+def _publish(
+    path: str | Path, grids: Sequence[Grid], specs: Mapping[str, LayerSpec], times: _Times, attrs: Mapping[str, Any]
+) -> None:
+    """Write the levels' metadata, the coarsest first, then the root's, consolidated last."""
     store = zarr.storage.LocalStore(path)
     for partial in Path(path).rglob("*.partial"):  # a killed writer's
         partial.unlink(missing_ok=True)
-    everything = {**conventions.attributes(grid), "Conventions": "CF-1.11", "bands": list(bands), **attrs}
     try:
-        zarr.open_group(store, mode="a", use_consolidated=False).attrs.put(everything)
-        group = zarr.open_group(store, path=GROUP, mode="a", use_consolidated=False)
-        for name, spec in layer_specs(bands, uncertainty=uncertainty).items():
-            metadata = _array_metadata(spec, grid, len(schedule))
-            for key, buffer in metadata.to_buffer_dict(default_buffer_prototype()).items():
-                sync(store.set(f"{GROUP}/{name}/{key}", buffer))
-        _put_coordinates(group, grid, schedule, published)
-        group.attrs.put(everything)
+        root = zarr.open_group(store, mode="a")  # keeps what was consolidated before until the new stands
+        for level, grid in reversed(list(enumerate(grids))):
+            group = zarr.open_group(store, path=str(level), mode="a", use_consolidated=False)
+            for name, spec in specs.items():
+                more = {"resampling_method": spec.resampling} if level else {}
+                metadata = array_metadata(replace(spec, attrs={**spec.attrs, **more}), grid, len(times.days))
+                for key, buffer in metadata.to_buffer_dict(default_buffer_prototype()).items():
+                    sync(store.set(f"{level}/{name}/{key}", buffer))
+            _put_coordinates(group, grid, times)
+            about = {k: v for k, v in attrs.items() if k != "cloudgate"} if level else attrs  # once is enough
+            group.attrs.put({**conventions.level_attributes(grid), **about})
+        root.attrs.put({**conventions.root_attributes(grids), **attrs})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             zarr.consolidate_metadata(store)
@@ -274,13 +247,32 @@ def read_attrs(path: str | Path) -> dict[str, Any] | None:
     """
     path = Path(path)
     if not (path / GROUP / "zarr.json").exists():
-        half_written = path.is_dir() and {p.name for p in path.iterdir()} <= {GROUP, "zarr.json"}
-        if path.exists() and not half_written:
+        if path.exists() and not _half_written(path):
             raise StoreMismatchError(f"output.store: {path} exists and is no cloudgate store; choose another path")
         return None
     attrs = dict(zarr.open_group(str(path), path=GROUP, mode="r").attrs)
     if "cloudgate" not in attrs:
         raise StoreMismatchError(f"output.store: {path} was written by another program; choose another path")
+    return attrs
+
+
+def _half_written(path: Path) -> bool:
+    """Whether a folder without metadata can be what a stopped run left: level 0, perhaps overviews, nothing else."""
+    names = {p.name for p in path.iterdir()} - {"zarr.json"} if path.is_dir() else {"a file"}
+    return not names or (GROUP in names and names <= {str(level) for level in range(20)})
+
+
+def finished(path: str | Path) -> dict[str, Any]:
+    """Attributes of a store with a finished period.
+
+    Raises:
+        StoreMismatchError: if there is none at ``path``.
+    """
+    attrs = read_attrs(path)
+    if attrs is None:
+        raise StoreMismatchError(
+            f"store: there is no finished mosaic at {path}; run `cloudgate status {path}` to see how far it is"
+        )
     return attrs
 
 
@@ -307,14 +299,22 @@ def open_mosaic(*, store: str | Path, group: str = GROUP) -> xr.Dataset:
         uint16. Only finished periods. ``spatial_ref`` is a coordinate.
 
     Raises:
-        StoreMismatchError: if there is no mosaic at that path, or no finished period yet.
+        StoreMismatchError: if there is no mosaic at that path, no finished period yet, or no such level.
     """
     path = Path(store)
-    if read_attrs(path) is None:
+    about = finished(path)
+    coarsest = levels(path)
+    if group not in [str(level) for level in range(coarsest + 1)]:
         raise StoreMismatchError(
-            f"store: there is no finished mosaic at {path}; run `cloudgate status {path}` to see how far it is"
+            f"group: {path} has no level {group!r}; "
+            + (
+                f"its levels are 0 to {coarsest}"
+                if coarsest
+                else f"it has no overviews yet: make them with `cloudgate export {path} --overviews`"
+            )
         )
     dataset = xr.open_zarr(str(path), group=group, decode_cf=False, chunks={})
+    dataset.attrs["cloudgate"] = about["cloudgate"]
     scaled = [name for name in dataset.data_vars if "scale_factor" in dataset[name].attrs]
     for name in scaled:
         values = dataset[name]

@@ -19,8 +19,9 @@ from small_region import SmallRegion, objects
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.layers import FLAGS
 from pipeline.records import RunFolder
-from pipeline.store import FLAGS, open_mosaic
+from pipeline.store import open_mosaic
 
 
 @pytest.fixture

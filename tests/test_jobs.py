@@ -16,9 +16,10 @@ from pipeline.cli import app
 from pipeline.codes import dn_to_codes
 from pipeline.items import day_text
 from pipeline.jobfile import load_job
+from pipeline.layers import FLAGS
 from pipeline.reader import read_window
 from pipeline.records import RunFolder
-from pipeline.store import FLAGS, open_mosaic
+from pipeline.store import open_mosaic
 from pipeline.tasks import compose_window
 
 JOBS = Path(__file__).parent / "jobs"

@@ -10,8 +10,8 @@ from small_region import BANDS, recipe
 from pipeline import cloud_mask, compose, open_cube
 from pipeline.bands import to_reflectance
 from pipeline.grid import Grid
+from pipeline.layers import FLAGS
 from pipeline.request import mask_params
-from pipeline.store import FLAGS
 from pipeline.tasks import compose_window
 
 MARGIN_PX = 400

@@ -24,13 +24,14 @@ from pipeline.bands import to_reflectance
 from pipeline.errors import NoItemsError, NothingClearError, StoreMismatchError
 from pipeline.grid import Grid
 from pipeline.items import EPOCH
+from pipeline.layers import FLAGS
 from pipeline.mosaic import build, plan
 from pipeline.planning import all_tasks
 from pipeline.records import RunFolder
 from pipeline.request import resolve
 from pipeline.scenes import DEMO_TARGET, demo_passes
 from pipeline.status import status
-from pipeline.store import FLAGS, open_mosaic
+from pipeline.store import open_mosaic
 from pipeline.tasks import Report, compose_window
 
 LAYERS = {"blue", "green", "red", "nir", "clear_count", "source_date", "flags"}
