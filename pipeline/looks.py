@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ Span = tuple[int, int]
 Codes = NDArray[np.uint16]
 Failure = tuple[str, str, str]
 """(item id, band or mask asset, message)."""
+
+MASK_ROWS: Final = 128
+"""Rows of a sub-block whose looks are checked at a time."""
 
 _held = threading.local()
 """Two arrays that a thread keeps from task to task."""
@@ -178,7 +182,8 @@ class LookStream:
     def _grow(self, strip: _Strip) -> None:
         """Gather a strip's states, fuse them by acquisition, and grow."""
         recipe = self.recipe
-        fused = np.zeros((len(recipe.acquisitions), *strip.cells.shape), np.uint8)
+        resolution_m = recipe.grid.resolution_m * recipe.factor
+        strip.bits = np.empty((len(recipe.acquisitions), *strip.cells.shape), np.uint8)
         for layer, scenes in enumerate(strip.futures):
             states = []
             for item, future in scenes:
@@ -187,13 +192,11 @@ class LookStream:
                 except ReadError as error:
                     self.failures.append((item.id, recipe.mask_model or recipe.rule.asset, str(error)))
                     strip.failed.append(item)
-            if states:
-                fused[layer] = fuse_states([state for _, state in states])
+            fused = fuse_states([state for _, state in states]) if states else np.zeros(strip.cells.shape, np.uint8)
+            (strip.bits[layer],) = masks.grown_bits(state=fused[None], resolution_m=resolution_m, params=recipe.params)
             # Fusing bands needs the scenes' own states only where scenes meet.
             strip.states.append(dict(states) if len(states) > 1 else {})
             scenes.clear()
-        resolution_m = recipe.grid.resolution_m * recipe.factor
-        strip.bits = masks.grown_bits(state=fused, resolution_m=resolution_m, params=recipe.params)
 
     # -- bands ----------------------------------------------------------------------------------------------
 
@@ -279,15 +282,21 @@ class LookStream:
         recipe = self.recipe
         assert strip.bits is not None
         dark, nir = temporal_bands(recipe.bands)
-        clear = masks.clear_looks(
-            bits=strip.bits,
-            factor=recipe.factor,
-            offset=(strip.offset[0], strip.offset[1] + block.cols[0] - self.cols[0]),
-            valid=np.minimum.reduce(block.codes, axis=1) != 0,
-            codes=block.codes[:, dark],
-            nir=None if nir is None else block.codes[:, nir],
-            days=recipe.days,
-            temporal_check=recipe.params.temporal_check,
-        )
-        clear[np.array(recipe.rejected, bool)] = False
+        left = strip.offset[1] + block.cols[0] - self.cols[0]
+        clear = np.empty((len(block.codes), *block.fine.shape), bool)
+        for top in range(
+            0, block.fine.height, MASK_ROWS
+        ):  # what is only passed on need not be held for the whole block
+            codes = block.codes[:, :, top : top + MASK_ROWS]
+            clear[:, top : top + MASK_ROWS] = masks.clear_looks(
+                bits=strip.bits,
+                factor=recipe.factor,
+                offset=(strip.offset[0] + top, left),
+                valid=np.minimum.reduce(codes, axis=1) != 0,
+                codes=codes[:, dark],
+                nir=None if nir is None else codes[:, nir],
+                days=recipe.days,
+                temporal_check=recipe.params.temporal_check,
+                rejected=np.array(recipe.rejected, bool),
+            )
         return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed)

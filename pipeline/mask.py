@@ -10,6 +10,7 @@ check finds (:mod:`pipeline.temporal`). :func:`cloud_mask` does the same lazily 
 exactly local: given :func:`halo_m` of margin, results do not depend on how blocks are cut.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Final
@@ -104,7 +105,7 @@ def temporal_check(*, codes: Codes, clear: Flags, days: NDArray[np.int32], nir: 
 
     Returns:
         True = missed cloud, haze or shadow. Halo 0. Lasting changes (harvest, ploughing, snow) can be
-        marked on their first dates; a pixel with one clear look never is. See :mod:`pipeline.temporal`.
+        marked on their first dates; a pixel's last look never is. See :mod:`pipeline.temporal`.
     """
     bright, dark = bright_and_dark(codes=codes, clear=clear, days=days, nir=nir)
     return bright | dark
@@ -158,7 +159,9 @@ def mask_block(
     elif shape is None:
         shape = (state.shape[1] * factor - offset[0], state.shape[2] * factor - offset[1])
     bits = _to_grid(cells, factor, offset, shape)
-    return _unpack(_checked_bits(bits, codes, nir, None, days=days, temporal_check=params.temporal_check))
+    return _unpack(
+        _checked_bits(bits, codes, nir, None, days=days, temporal_check=params.temporal_check, rejected=None)
+    )
 
 
 def grown_bits(*, state: State, resolution_m: float, params: MaskParams) -> State:
@@ -185,6 +188,7 @@ def clear_looks(
     nir: Codes | None,
     days: NDArray[np.int32],
     temporal_check: bool,
+    rejected: Flags,
 ) -> Flags:
     """Usable looks of one block, bool (T, H, W): what ``mask_block`` calls clear, from bits that are grown already.
 
@@ -197,12 +201,14 @@ def clear_looks(
         nir: uint16 (T, H, W) or None.
         days: int32 (T,), ascending.
         temporal_check: Whether dates are compared with each other.
+        rejected: bool (T,), acquisitions of which nothing is usable.
     """
     clear = _to_grid(bits, factor, offset, (codes.shape[1], codes.shape[2])) == 0
     np.logical_and(clear, valid, out=clear)
     if temporal_check and len(codes) > 1:
-        bright, dark = bright_and_dark(codes=codes, clear=clear, days=days, nir=nir)
+        bright, dark = bright_and_dark(codes=codes, clear=clear, days=days, nir=nir, rejected=rejected)
         np.logical_xor(clear, np.logical_or(bright, dark, out=bright), out=clear)  # both lie within clear
+    clear[rejected] = False
     return clear
 
 
@@ -237,6 +243,7 @@ def _checked_bits(
     *,
     days: NDArray[np.int32],
     temporal_check: bool,
+    rejected: Flags | None,
 ) -> State:
     """Cloud, shadow and not-valid bits (T, H, W) on the grid, with the temporal check's findings."""
     out = bits.copy()
@@ -244,9 +251,11 @@ def _checked_bits(
         if empty is not None:
             np.bitwise_or(out, np.left_shift(empty.view(np.uint8), np.uint8(2)), out=out)
     if codes is not None and temporal_check and len(codes) > 1:
-        bright, dark = bright_and_dark(codes=codes, clear=out == 0, days=days, nir=nir)
+        bright, dark = bright_and_dark(codes=codes, clear=out == 0, days=days, nir=nir, rejected=rejected)
         np.bitwise_or(out, bright.view(np.uint8), out=out)
         np.bitwise_or(out, np.left_shift(dark.view(np.uint8), np.uint8(1)), out=out)
+    if rejected is not None:
+        out[rejected] |= np.uint8(_CLOUD_BIT)
     return out
 
 
@@ -254,7 +263,13 @@ def _unpack(bits: State) -> MaskLayers:
     return MaskLayers(cloud=(bits & _CLOUD_BIT) != 0, shadow=(bits & _SHADOW_BIT) != 0, clear=bits == 0)
 
 
-def cloud_mask(*, cube: xr.Dataset, params: MaskParams | None = None, darkest_band: str | None = None) -> xr.Dataset:
+def cloud_mask(
+    *,
+    cube: xr.Dataset,
+    params: MaskParams | None = None,
+    darkest_band: str | None = None,
+    rejected: Sequence[bool] | None = None,
+) -> xr.Dataset:
     """Masks of a cube, lazy where the cube is lazy (nothing is computed here), eager on numpy.
 
     Args:
@@ -264,13 +279,14 @@ def cloud_mask(*, cube: xr.Dataset, params: MaskParams | None = None, darkest_ba
             ``cube.attrs["resolution_m"]``.
         params: Growth and checks; default :class:`MaskParams`.
         darkest_band: The band that the temporal check compares; default: that of the shortest wavelength.
+        rejected: Per time, whether the scout rejects the acquisition as a whole: all of it is cloud then.
 
     Returns:
         ``cloud``, ``shadow`` (True = affected) and ``clear`` (time, y, x) bool, equal to what
         :func:`mask_block` gives on the same data. Where the cube ends there is no cloud beyond.
 
     Raises:
-        ConfigError: the cube lacks a variable, an attribute or the darkest band.
+        ConfigError: the cube lacks a variable, an attribute or the darkest band, or ``rejected`` is not one per time.
     """
     params = params or MaskParams()
     _check_cube(cube, darkest_band, params)
@@ -283,13 +299,18 @@ def cloud_mask(*, cube: xr.Dataset, params: MaskParams | None = None, darkest_ba
     # A job reckons in solar days; a cube made elsewhere may have times only.
     when = cube["solar_day"] if "solar_day" in cube.coords else cube["time"]
     days = when.values.astype("datetime64[D]").astype(np.int64).astype(np.int32)
+    barred = None if rejected is None else np.array(rejected, bool)
+    if barred is not None and barred.shape != days.shape:
+        raise ConfigError(
+            f"cloud_mask: rejected says {barred.size} times yes or no, and the cube has {len(days)} times"
+        )
     reflectance = cube["reflectance"].transpose("time", "band", "y", "x")
     arrays = [cube["valid"].transpose("time", "y", "x").data, _bits_on_grid(cube, resolution_m, params)]
     arrays += [reflectance.sel(band=name).data for name in looked_at]
 
     def finish(valid: Flags, bits: State, *refl: NDArray[np.float32]) -> State:
         codes, nir, *_ = [*(reflectance_to_codes(r) for r in refl), None, None]
-        return _checked_bits(bits, codes, nir, valid, days=days, temporal_check=params.temporal_check)
+        return _checked_bits(bits, codes, nir, valid, days=days, temporal_check=params.temporal_check, rejected=barred)
 
     if any(isinstance(array, da.Array) for array in arrays):
         # One chunk in time: dates are compared with each other. Chunks in space follow the pixels'.

@@ -8,8 +8,9 @@ cut; it depends on the looks given, that is on the time span of the request.
 The reference of a pixel is the first quartile of its clear looks in a window of time: low enough to lie
 on the ground as long as a quarter of the looks that passed for clear are so, and unlike the minimum not
 dragged down by one missed shadow. Windows are shared by the dates of 30-day bins counted from
-1970-01-01, which costs a third of a window per date. How the margins were found, what they score, and
-what did not work: tests/benchmarks/NOTES_mask.md.
+1970-01-01, which costs a third of a window per date. No pixel loses its last look: where all would be
+marked (a missed shadow has drawn the reference down, say), the least odd is left. How the margins were
+found, what they score, and what did not work: tests/benchmarks/NOTES_mask.md.
 """
 
 from typing import Final
@@ -48,6 +49,7 @@ def bright_and_dark(
     clear: NDArray[np.bool_],
     days: NDArray[np.int32],
     nir: Codes | None = None,
+    rejected: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Looks among the clear ones that are brighter, and that are darker, than other dates allow.
 
@@ -56,10 +58,13 @@ def bright_and_dark(
         clear: bool (T, H, W), True = usable so far.
         days: int32 (T,), days since 1970-01-01, ascending.
         nir: uint16 (T, H, W) or None, the near infrared; sharpens the shadow test much.
+        rejected: bool (T,) or None, acquisitions that count for nothing: none of their looks is a pixel's last.
 
     Returns:
         bright and dark, bool (T, H, W), never both, and True only where ``clear``. A pixel with one
-        clear look in the window is never called; with two only brightness beyond doubt is.
+        clear look in the window is never called; with two only brightness beyond doubt is. Of a pixel's
+        clear looks one at least is not called, though it be the least odd of odd ones: it has no other
+        beside it, and whoever composes can tell it by that.
     """
     looks, height, width = codes.shape
     bright, dark = np.zeros(codes.shape, bool), np.zeros(codes.shape, bool)
@@ -70,7 +75,8 @@ def bright_and_dark(
         shape = (looks, block.shape[1] * block.shape[2])
         values = np.ascontiguousarray(block).reshape(shape)
         infrared = None if nir is None else np.ascontiguousarray(nir[:, ys, xs]).reshape(shape)
-        usable = _usable(values, infrared, np.ascontiguousarray(clear[:, ys, xs]).reshape(shape))
+        looked = np.ascontiguousarray(clear[:, ys, xs]).reshape(shape)
+        usable = _usable(values, infrared, looked)
         hot, cold = np.zeros(shape, bool), np.zeros(shape, bool)
         for members, start, stop in windows:
             part = slice(start, stop)
@@ -84,6 +90,14 @@ def bright_and_dark(
                 hot[members],
                 cold[members],
             )
+        called = hot | cold
+        left, candidates = looked & ~called, called
+        if rejected is not None:
+            left[rejected] = False
+            candidates = called & ~rejected[:, None]
+        lost = np.flatnonzero(~left.any(axis=0) & candidates.any(axis=0))
+        if lost.size:
+            _spare_the_last(values, infrared, usable, windows, candidates, lost, hot, cold)
         bright[:, ys, xs] = hot.reshape(block.shape)
         dark[:, ys, xs] = cold.reshape(block.shape)
     return bright, dark
@@ -173,3 +187,33 @@ def _call(
             dark[t] &= infrared[t] < below_nir
         dark[t] &= looked
         dark[t] &= ~bright[t]
+
+
+def _spare_the_last(
+    values: Codes,
+    infrared: Codes | None,
+    usable: Words,
+    windows: list[tuple[slice, int, int]],
+    candidates: NDArray[np.bool_],
+    at: NDArray[np.intp],
+    bright: NDArray[np.bool_],
+    dark: NDArray[np.bool_],
+) -> None:
+    """Take back the call on one look of each pixel ``at``, of those called: on that which oversteps its limit least.
+
+    Overstepping is in codes, of the darkest band where bright, of the infrared (if there is one) where dark; of equals
+    the earlier is left.
+    """
+    over = np.empty((len(values), at.size), np.int32)
+    for members, start, stop in windows:
+        part = slice(start, stop)
+        near = None if infrared is None else infrared[part, at]
+        above, below, below_nir = (
+            limit.astype(np.int32) for limit in _limits(values[part, at], near, usable[part, at])
+        )
+        under = below - values[members, at] if infrared is None else below_nir - infrared[members, at]
+        over[members] = np.where(bright[members, at], values[members, at] - above, under)
+    over[~candidates[:, at]] = np.iinfo(np.int32).max
+    spared = over.argmin(axis=0)
+    bright[spared, at] = False
+    dark[spared, at] = False

@@ -29,8 +29,7 @@ def test_lazy_and_job_agree_byte_for_byte(small, method):
     request, seen, asked = recipe(job)
     block = compose_window(asked, (0, asked.grid.height), (0, asked.grid.width))
     cube = _cube(request, seen, asked.grid.padded(MARGIN_PX))
-    clouds = cloud_mask(cube=cube, params=mask_params(job, request.found.mask.kind))
-    clouds["clear"] = clouds["clear"] & ~np.array(asked.rejected)[:, None, None]
+    clouds = cloud_mask(cube=cube, params=mask_params(job, request.found.mask.kind), rejected=asked.rejected)
     made = compose(
         cube=cube, clouds=clouds, method=method, target=str(job.target), anchors=seen.anchors, trim_px=MARGIN_PX
     )

@@ -1,7 +1,6 @@
 """Cloud masks: states, growth, the temporal check on real series, blocks and the lazy front."""
 
 import datetime as dt
-import json
 import os
 import sys
 import types
@@ -18,7 +17,10 @@ from scipy import ndimage
 from pipeline import mask
 from pipeline.errors import ConfigError
 from pipeline.mask import CLEAR, CLOUD, NODATA, SHADOW, MaskParams, MaskRule
-from pipeline.temporal import time_windows
+from pipeline.temporal import bright_and_dark, time_windows
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from mask_scores import masked, read
 
 DATA = os.environ.get("CLOUDGATE_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="CLOUDGATE_DATA is not set: no real series here")
@@ -162,6 +164,34 @@ def test_few_looks_are_judged_with_care() -> None:
     assert not np.delete(marked, 3, axis=0).any()
 
 
+def test_a_pixel_keeps_its_least_odd_look() -> None:
+    # The shadow of the first date draws the reference down, so that all three looks are odd.
+    codes = np.array([1500, 4000, 5000], np.uint16).reshape(3, 1, 1)
+    nir = np.array([1500, 5000, 6000], np.uint16).reshape(3, 1, 1)
+    days = np.arange(17000, 17015, 5).astype(np.int32)
+    looks = {"codes": codes, "nir": nir, "clear": np.ones((3, 1, 1), bool), "days": days}
+    assert mask.temporal_check(**looks).ravel().tolist() == [True, False, True]
+    for rejected, kept in ((0, 1), (1, 0), (2, 1)):
+        barred = np.arange(3) == rejected
+        marked = np.logical_or(*bright_and_dark(**looks, rejected=barred))
+        assert np.flatnonzero(~marked.ravel() & ~barred).tolist() == [kept]
+    marked = np.logical_or(*bright_and_dark(**looks, rejected=np.ones(3, bool)))
+    assert marked.all()
+
+
+@pytest.mark.parametrize("infrared", [True, False])
+def test_no_pixel_loses_its_last_look(infrared: bool) -> None:
+    rng = np.random.default_rng(5)
+    codes = rng.integers(1100, 9000, (5, 60, 70)).astype(np.uint16)
+    nir = rng.integers(1100, 9000, codes.shape).astype(np.uint16) if infrared else None
+    clear = rng.random(codes.shape) < 0.8
+    days = np.arange(17000, 17025, 5).astype(np.int32)
+    marked = mask.temporal_check(codes=codes, clear=clear, days=days, nir=nir)
+    left = clear & ~marked
+    assert marked.mean() > 0.1
+    np.testing.assert_array_equal(left.any(axis=0), clear.any(axis=0))
+
+
 def test_check_is_per_pixel_and_only_among_the_clear() -> None:
     codes, nir = ground(10, 40, 50), ground(10, 40, 50, seed=1)
     clear = np.random.default_rng(2).random(codes.shape) < 0.7
@@ -194,35 +224,10 @@ def test_scene_fails() -> None:
 
 def real_series(name: str, start: dt.date, end: dt.date) -> dict[str, NDArray]:
     """Codes, SCL state and the derived mask of a real series between two days."""
-    rasterio = pytest.importorskip("rasterio")
-    folder = Path(DATA) / name
-    features = json.loads((folder / "items.geojson").read_text())["features"]
-    dated = sorted((dt.date.fromisoformat(f["properties"]["datetime"][:10]), f["assets"]) for f in features)
-    read: dict[str, list] = {key: [] for key in ("blue", "nir", "scl", "clm", "days")}
-    for day, assets in dated:
-        if start <= day <= end:
-            for key in ("blue", "nir", "scl", "clm"):
-                with rasterio.open(folder / assets[key]["href"]) as source:
-                    read[key].append(source.read(1))
-            read["days"].append((day - EPOCH).days)
-    found = {key: np.array(values) for key, values in read.items()}
-    for key in ("blue", "nir"):
-        found[key] = np.where(found[key] == 0, 0, found[key].astype(np.uint32) + 1000).astype(np.uint16)
-    found["days"] = found["days"].astype(np.int32)
-    return found
-
-
-def masked_series(series: dict[str, NDArray], params: MaskParams) -> mask.MaskLayers:
-    return mask.mask_block(
-        state=mask.state_from_scl(series["scl"]),
-        factor=2,
-        offset=(0, 0),
-        codes=series["blue"],
-        nir=series["nir"],
-        days=series["days"],
-        resolution_m=10,
-        params=params,
-    )
+    series = read(name)
+    days = series["days"]
+    inside = (days >= (start - EPOCH).days) & (days <= (end - EPOCH).days)
+    return {key: values[inside] for key, values in series.items()}
 
 
 @needs_data
@@ -230,9 +235,9 @@ def test_the_white_scene_of_flanders_is_marked_whole() -> None:
     target = dt.date(2018, 9, 23)
     series = real_series("flanders_31uds", target - dt.timedelta(60), target + dt.timedelta(60))
     at = int(np.flatnonzero(series["days"] == (target - EPOCH).days)[0])
-    unchecked = masked_series(series, MaskParams(temporal_check=False))
+    unchecked = masked(series, MaskParams(temporal_check=False))
     assert unchecked.clear[at].mean() > 0.95  # SCL passes it
-    checked = masked_series(series, MaskParams())
+    checked = masked(series, MaskParams())
     assert not checked.clear[at].any()
     assert mask.scene_fails(1 - checked.clear[at].sum() / unchecked.clear[at].sum())
 
@@ -241,7 +246,7 @@ def test_the_white_scene_of_flanders_is_marked_whole() -> None:
 @pytest.mark.parametrize(("name", "shadow_gain"), [("flanders_31uds", 0.15), ("flanders_31ues", 0.1)])
 def test_check_finds_what_scl_misses_and_spares_clear_dates(name: str, shadow_gain: float) -> None:
     series = real_series(name, dt.date(2017, 1, 1), dt.date(2020, 1, 1))
-    before, after = masked_series(series, MaskParams(temporal_check=False)), masked_series(series, MaskParams())
+    before, after = masked(series, MaskParams(temporal_check=False)), masked(series, MaskParams())
     affected = series["clm"] != 0
 
     def leak(layers: mask.MaskLayers) -> float:
@@ -346,6 +351,19 @@ def test_lazy_eager_and_block_agree(factor: int, offset: tuple[int, int], check:
 
 def _refuse(*_: object, **__: object) -> None:
     raise AssertionError("cloud_mask computed something")
+
+
+def test_rejected_acquisitions_are_cloud() -> None:
+    cube, _ = make_cube(2, (0, 0))
+    barred = [False, True, False, False, True, False]
+    plain, without = mask.cloud_mask(cube=cube), mask.cloud_mask(cube=cube, rejected=barred)
+    assert without["cloud"][barred].all()
+    assert not without["clear"][barred].any()
+    kept = ~np.array(barred)
+    lost = ~plain["clear"].values[kept].any(axis=0)
+    assert np.array_equal(without["clear"].values[kept][:, ~lost], plain["clear"].values[kept][:, ~lost])
+    with pytest.raises(ConfigError, match="rejected says 2 times yes or no, and the cube has 6 times"):
+        mask.cloud_mask(cube=cube, rejected=[True, False])
 
 
 def test_cube_without_blue() -> None:

@@ -56,7 +56,8 @@ def score(clear: NDArray[np.bool_], clm: NDArray[np.uint8]) -> list[float]:
     ]
 
 
-def _layers(series: dict[str, NDArray], params: mask.MaskParams) -> mask.MaskLayers:
+def masked(series: dict[str, NDArray], params: mask.MaskParams) -> mask.MaskLayers:
+    """The masks of a series read by ``read``."""
     return mask.mask_block(
         state=mask.state_from_scl(series["scl"]),
         factor=2,
@@ -80,12 +81,12 @@ def main() -> None:
         clear_dates = (series["clm"] != 0).mean(axis=(1, 2)) < 0.01
         for name, params in STEPS.items():
             for nir in (series["nir"], None) if params.temporal_check else (series["nir"],):
-                layers = _layers(series if nir is not None else series | {"nir": None}, params)
+                layers = masked(series if nir is not None else series | {"nir": None}, params)
                 label = name + (", no nir" if nir is None else "")
                 print(
                     f"| {site} | {label} | " + " | ".join(f"{v:.3f}" for v in score(layers.clear, series["clm"])), "|"
                 )
-        before, after = (_layers(series, STEPS[name]) for name in ("SCL + opening + growth", name))
+        before, after = (masked(series, STEPS[name]) for name in ("SCL + opening + growth", name))
         alarms = (before.clear & ~after.clear)[clear_dates].mean(axis=(1, 2))
         print(f"{site}, {clear_dates.sum()} truly clear dates: marked by the check alone, mean and largest share")
         print(f"{alarms.mean():.3f} {alarms.max():.3f}")
