@@ -127,7 +127,14 @@ def ledger_of(series: Series, now: datetime) -> tuple[Ledger, list[str]]:
     """An area's ledger, made again from the run records if it is damaged; and what was done about it, in words."""
     run = RunFolder(series.store)
     try:
-        return ledgers.load(run.objects) or Ledger(series.area), []
+        if (ledger := ledgers.load(run.objects)) is not None:
+            return ledger, []
+        made = _rebuilt(series, run, now)
+        if not made.periods:
+            return made, []
+        run.objects.swap(ledgers.NAME, made.to_bytes(), None)
+        found = f"{len(made.periods)} finished periods"
+        return made, [f"{series.area}: {run.where} had no ledger; it is made again from the run records: {found}"]
     except DamagedLedger as error:
         there = run.objects.get(ledgers.NAME)
         aside = f"ledger.damaged-{now:%Y%m%dT%H%M%S}.json"
@@ -144,7 +151,7 @@ def ledger_of(series: Series, now: datetime) -> tuple[Ledger, list[str]]:
 
 def _rebuilt(series: Series, run: RunFolder, now: datetime) -> Ledger:
     """The ledger that the run records tell: every published period with its scenes. Failures are forgotten."""
-    ledger = Ledger(series.area, now.isoformat())
+    ledger = Ledger(series.area)
     for slot in run.slots():
         manifest = run.read(run.period(slot), "manifest.json")
         if not manifest or not manifest.get("published"):

@@ -149,10 +149,15 @@ def backfill(
     """Build what is missing, failed, stale or made by another recipe among the periods that touch a span of days.
 
     Args:
-        schedule: as for ``tick``, as are now, areas, part, progress and client.
+        schedule: see ``load_schedule``.
         first: first day.
         last: last day.
         again: build the finished ones again as well.
+        now: as for ``tick``, as are the others.
+        areas: only these.
+        part: (index, count) of the areas.
+        progress: hears what goes on.
+        client: a Dask client to use.
 
     Raises:
         ConfigError: a span that begins before the schedule's start, or ends before it begins. Else as ``tick``.
@@ -162,8 +167,8 @@ def backfill(
         raise ConfigError(f"--to ({last}) is before --from ({first}); swap them")
     if first < schedule.spec.start:
         raise ConfigError(
-            f"--from: {first} is earlier than the schedule's start ({schedule.spec.start}); a period before it has no slot "
-            "on time. Begin there, or make another schedule with another store"
+            f"--from: {first} is earlier than the schedule's start ({schedule.spec.start}); a period before it has no "
+            "slot on time. Begin there, or make another schedule with another store"
         )
     days = ((first - EPOCH).days, (last - EPOCH).days)
     with ExitStack() as stack:
@@ -208,8 +213,8 @@ def _missed(ticker: Ticker, request: Request) -> None:
     missing = ticker.announced - {item.id for item in request.found.items}
     if missing:
         ticker.warn(
-            f"announced, but not (yet) in {request.found.source}, or not usable: {', '.join(sorted(missing)[:5])}; a later "
-            "tick finds them"
+            f"announced, but not (yet) in {request.found.source}, or not usable: {', '.join(sorted(missing)[:5])}; a "
+            "later tick finds them"
         )
 
 
