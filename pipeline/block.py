@@ -4,15 +4,16 @@ Both entrances end here: the job calls ``compose_block`` task by task, the lazy 
 depends on how blocks were cut: windows lie on the lattice (``row0``, ``col0``), everything else is per pixel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import composite, regression
+from pipeline import composite, learned, regression
 from pipeline.anchors import INTERPOLATE, AnchorMap
-from pipeline.config import Method
+from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError
 
 NO_SIGMA = 65535
@@ -39,6 +40,7 @@ class Layers:
         source_date: (y, x) int32, days since 1970-01-01, 0 = none.
         flags: (y, x) uint16, bits as ``pipeline.store.FLAGS``.
         sigma: (band, y, x) uint16 in codes, 65535 = none; None for methods without uncertainty.
+        notes: what the run should tell, such as a GPU's batch halved for memory.
     """
 
     codes: Codes
@@ -46,6 +48,7 @@ class Layers:
     source_date: NDArray[np.int32]
     flags: NDArray[np.uint16]
     sigma: NDArray[np.uint16] | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,26 @@ class _Looks:
 
 @dataclass
 class _Part:
-    """One anchor's answer: codes (band, y, x), date, sigma in codes (NaN = none), observed."""
+    """One anchor's answer: codes (band, y, x), date, sigma in codes (NaN = none), observed, not to be relied on."""
 
     codes: Codes
     source_date: NDArray[np.int32]
     sigma: NDArray[np.float32] | None
     observed: NDArray[np.bool_]
     day: int
+    doubtful: NDArray[np.bool_] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def has_uncertainty(method: Method) -> bool:
     """Whether the method fills the ``uncertainty`` layers."""
-    return method.name == "regression"
+    return method.name == "regression" or method.name in LEARNED
 
 
 def halo_px(method: Method) -> int:
     """How far around a block the method looks, in pixels of the grid."""
+    if method.name in LEARNED:
+        return learned.halo_px(method)
     return regression.HALO_PX if method.name == "regression" else 0
 
 
@@ -108,8 +115,16 @@ def _options(method: Method) -> Any:
         raise ConfigError(f"method: {error}") from error
 
 
-def check_method(method: Method) -> None:
-    """Refuse options that the method does not have, before any work starts (``ConfigError``)."""
+def check_method(method: Method, bands: Sequence[str]) -> None:
+    """Refuse, before any work starts, what a method cannot do.
+
+    Raises:
+        ConfigError: an option that it does not have, a value that it cannot use, a package that is not installed.
+        WeightsError: a model's weights cannot be used, or not for these bands.
+    """
+    if method.name in LEARNED:
+        learned.prepare(method, bands)
+        return
     options = _options(method)
     tau = options.get("tau_days", 1) if isinstance(options, dict) else 1
     if not isinstance(tau, int | float) or not tau > 0:
@@ -160,7 +175,7 @@ def compose_block(
         where = [(INTERPOLATE, np.ones((height, width), np.float32))]
         if anchors is not None:
             where = anchors.at(row0 + rows.start, col0 + cols.start, height, width)
-        parts = [(_complete(looks, method, target, layer), weight) for layer, weight in where]
+        parts = [(_complete(looks, method, target, layer, weight), weight) for layer, weight in where]
     merged, blended = _blend(parts)
     flags = _flags(merged, blended, count, failed=None if failed is None else failed[rows, cols])
     sigma = None
@@ -168,10 +183,11 @@ def compose_block(
         raw = merged.sigma if merged.sigma is not None else np.full(merged.codes.shape, np.nan, np.float32)
         known = np.isfinite(raw) & (merged.codes != 0)
         sigma = np.where(known, np.clip(np.rint(np.nan_to_num(raw)), 0, NO_SIGMA - 1), NO_SIGMA).astype(np.uint16)
-    return Layers(merged.codes, count, merged.source_date, flags, sigma)
+    notes = tuple(note for part, _ in parts for note in part.notes)
+    return Layers(merged.codes, count, merged.source_date, flags, sigma, notes)
 
 
-def _complete(looks: _Looks, method: Method, target: int, layer: int) -> _Part:
+def _complete(looks: _Looks, method: Method, target: int, layer: int, weight: NDArray[np.float32]) -> _Part:
     """The core of one anchor, its gaps completed; or interpolation at the target where there is none."""
     days, (rows, cols) = looks.days, looks.core
     inner, inner_clear = looks.inner
@@ -193,6 +209,22 @@ def _complete(looks: _Looks, method: Method, target: int, layer: int) -> _Part:
             inner_clear[layer],
             int(days[layer]),
         )
+    if method.name in LEARNED:
+        done = learned.complete(
+            method,
+            codes=looks.codes,
+            clear=looks.clear,
+            days=days,
+            target=target,
+            anchor=None if layer == INTERPOLATE else layer,
+            row0=looks.row0,
+            col0=looks.col0,
+            core=looks.core,
+            within=weight > 0,  # all anchors have the same looks, so that none has to stand in for another
+        )
+        observed = np.zeros(inner_clear.shape[1:], bool) if layer == INTERPOLATE else inner_clear[layer]
+        day = target if layer == INTERPOLATE else int(days[layer])
+        return _Part(done.codes, done.source_date, done.sigma, observed, day, done.doubtful, tuple(done.notes))
     name = "nearest" if method.name == "nearest" else "linear"
     day = target if layer == INTERPOLATE else int(days[layer])
     out = composite.METHODS[name](codes=inner, clear=inner_clear, days=days, target=day)
@@ -231,6 +263,8 @@ def _blend(parts: list[tuple[_Part, NDArray[np.float32] | None]]) -> tuple[_Part
         np.copyto(out.codes, part.codes, where=own[None])
         np.copyto(out.source_date, part.source_date, where=own)
         np.copyto(out.observed, part.observed, where=own)
+        if part.doubtful is not None:
+            out.doubtful = np.where(own, part.doubtful, none if out.doubtful is None else out.doubtful)
         mean += weights[i] * part.codes
         if out.sigma is not None and part.sigma is not None:
             np.copyto(out.sigma, part.sigma, where=own[None])
@@ -256,6 +290,8 @@ def _flags(
     low = count < LEAST_LOOKS
     if part.sigma is not None:
         low |= np.nan_to_num(part.sigma).max(axis=0) > LOW_CONFIDENCE_SIGMA
+    if part.doubtful is not None:
+        low |= part.doubtful
     far = np.abs(part.source_date.astype(np.int64) - part.day) > SEASON_DAYS
     flags |= np.where(has_data & low, np.uint16(LOW), np.uint16(0))
     flags |= np.where(has_data & far & (part.source_date != 0), np.uint16(SEASON), np.uint16(0))

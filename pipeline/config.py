@@ -25,9 +25,11 @@ CALENDAR = ("month", "quarter", "year", "10 days", "week")
 """Lengths of periods by name; anything else is a cron expression."""
 MASK_MODELS = ("omnicloudmask", "s2cloudless")
 """Cloud detectors that make the mask from the bands; each is an extra."""
-METHODS = ("median", "p25", "mean", "medoid", "geomedian", "nearest", "linear", "decay", "regression")
-SHOWS_DATE = ("nearest", "linear", "regression")
+METHODS = ("median", "p25", "mean", "medoid", "geomedian", "nearest", "linear", "decay", "regression", "timegate")
+SHOWS_DATE = ("nearest", "linear", "regression", "timegate")
 """Methods that show a date (an anchor is completed); the others show the whole span."""
+LEARNED = ("timegate",)
+"""Methods that are learned models; they need the extra ``learn``."""
 
 
 def _strict_date(value: Any) -> Any:
@@ -119,8 +121,7 @@ class TimeSpec(_Base):
 
     @field_validator("every")
     @classmethod
-    def check_every(cls, value: str | None) -> str | None:
-        """Refuse what makes no periods of whole days."""
+    def _every(cls, value: str | None) -> str | None:
         if value is None or value in CALENDAR:
             return value
         known = f"known are {', '.join(CALENDAR)}, or a cron expression of five fields such as '0 0 1,16 * *'"

@@ -7,6 +7,7 @@ requests), and run through the same code as any job. What stays behind works wit
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 
 from pipeline import metrics
 from pipeline.bands import to_reflectance
-from pipeline.config import METHODS, Job, Method
+from pipeline.block import check_method
+from pipeline.config import LEARNED, METHODS, Job, Method
+from pipeline.errors import RequestError
 from pipeline.grid import Grid
 from pipeline.items import day_text
 from pipeline.jobfile import load_job
@@ -150,8 +153,21 @@ def _window(path: Path, grid: Grid, fill: int) -> NDArray[Any]:
         return np.asarray(source.read(1, window=window, boundless=True, fill_value=fill))
 
 
-def score_methods(request: Request, truth: Path, progress: Progress, methods: tuple[str, ...] = METHODS) -> list[Score]:
-    """Compose the whole area with each method and compare with the truth of the target's pass."""
+def methods_here(bands: Sequence[str], progress: Progress) -> tuple[str, ...]:
+    """The methods that can run here; ``progress`` hears of learned ones without their packages or weights."""
+    able = [name for name in METHODS if name not in LEARNED]
+    for name in LEARNED:
+        try:
+            check_method(Method(name=name), bands)
+            able.append(name)
+        except RequestError as error:
+            progress.say(f"{name} is left out: {error}")
+    return tuple(able)
+
+
+def score_methods(request: Request, truth: Path, progress: Progress) -> list[Score]:
+    """Compose the whole area with each method that can run here; compare with the truth of the target's pass."""
+    methods = methods_here(request.job.bands, progress)
     grid, period = request.grid, request.schedule[0]
     acquisitions = acquisitions_of(request, period)
     wanted = truth_at(truth, "clear_look", grid, request.job.bands)

@@ -151,7 +151,7 @@ def _context(
 ) -> Float32:
     """(G, B, H, W) in the order of ``CONTEXT``."""
     inside = _distance(~known) if known.any() else np.full(known.shape, FAR_PX, np.float32)
-    outside = _distance(known) if not known.all() else np.full(known.shape, FAR_PX, np.float32)
+    outside = _distance(np.pad(known, 1))[1:-1, 1:-1]  # what lies beyond the array is not known either
     distance = np.where(known, -outside, inside) / np.float32(FAR_PX)
     away = [
         np.where(day != 0, np.minimum(np.abs(day - target), MOST_DAYS), MOST_DAYS) / 30.0 for day in (before, after)

@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from pipeline import learned
 from pipeline import store as stores
 from pipeline.block import has_uncertainty
 from pipeline.config import Job
 from pipeline.errors import StoreMismatchError
+from pipeline.items import Item
 from pipeline.jobfile import job_json
 from pipeline.periods import Period
 from pipeline.records import RunFolder
@@ -47,6 +49,7 @@ def wish_of(job: Job, *, series: bool = False) -> dict[str, Any]:
     return {
         **fields,
         "area": _area(job),
+        "method": learned.identity(job.method),
         "result_version": RESULT_VERSION,
         "layout": stores.LAYOUT_VERSION,
     }
@@ -59,9 +62,14 @@ def _area(job: Job) -> dict[str, Any]:
     return area
 
 
+def item_key(item: Item) -> str:
+    """Short name of a scene as it was processed: a new baseline is another scene, a moved file is the same."""
+    return _short([item.collection, item.id, item.datetime, item.baseline])
+
+
 def recipe_key(job: Job) -> str:
     """Short name of what makes pixels of looks: method with options, mask, target, look-back, offset, cloud limit."""
-    fields = job_json(job)
+    fields = job_json(job) | {"method": learned.identity(job.method)}
     names = ("method", "mask", "target", "offset_dn", "max_cloud_cover")
     return _short([{name: fields[name] for name in names}, job.time.lookback_days, RESULT_VERSION])
 

@@ -15,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from pipeline import regression
+from pipeline import learned, regression
 from pipeline.anchors import AnchorMap
 from pipeline.bands import BANDS, CODE_MAX, to_codes, to_reflectance
 from pipeline.block import NO_SIGMA, check_method, compose_block, halo_px, has_uncertainty
@@ -146,7 +146,7 @@ def compose(
     Returns:
         Dataset with dims ``(y, x)``, Dask-backed: one float32 reflectance per band (NaN = no data), ``clear_count``
         uint16, ``source_date`` datetime64 (NaT = none), ``flags`` uint16, and ``uncertainty_<band>`` float32 for
-        regression.
+        regression and timegate.
 
     Raises:
         ConfigError: for an unknown method or option, or a target that is no date.
@@ -154,13 +154,14 @@ def compose(
     if method not in METHODS:
         raise ConfigError(f"method: unknown method {method!r}; known are {', '.join(METHODS)}")
     spec = Method.model_validate({"name": method, **options})
-    check_method(spec)
+    bands = [str(name) for name in cube["band"].values]
+    check_method(spec, bands)
+    spec = learned.prepare(spec, bands)
     days = cube["solar_day"].values.astype("datetime64[D]").astype(np.int32)
     day = _day(target, days)
     if anchors is None and spec.shows_date:
         nearest = int(np.argmin(np.abs(days.astype(int) - day)))
         anchors = AnchorMap(1 << 20, 0, 0, (nearest,), np.ones((1, 2, 2), np.float32))
-    bands = [str(name) for name in cube["band"].values]
 
     def block(
         codes: NDArray[np.uint16], clear: NDArray[np.bool_], row0: int, col0: int, core: tuple[slice, slice]
@@ -214,7 +215,7 @@ def fill_series(
     Raises:
         ConfigError: for an unknown option.
     """
-    check_method(Method.model_validate({"name": "regression", **options}))
+    check_method(Method.model_validate({"name": "regression", **options}), ())
     settings = regression.RegressionOptions(**options)
     days = cube["solar_day"].values.astype("datetime64[D]").astype(np.int32)
     shape = (cube.sizes["time"], cube.sizes["band"])

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import learned
 from pipeline import store as stores
 from pipeline.bands import rgb_bands
-from pipeline.block import check_method, has_uncertainty
+from pipeline.block import has_uncertainty
 from pipeline.cluster import connect
 from pipeline.config import Job
 from pipeline.errors import (
@@ -39,7 +40,7 @@ from pipeline.planning import Plan, plan_tasks
 from pipeline.reader import dn_to_codes, read_window
 from pipeline.records import RunFolder
 from pipeline.region import region_of
-from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
+from pipeline.request import Request, acquisitions_of, check_job, recipe_of, resolve, survey
 from pipeline.runner import Progress, Silent, add_overviews, run_overviews, run_tasks
 from pipeline.scout import Scouted, coarse_grid
 from pipeline.status import tally
@@ -111,7 +112,7 @@ def build(
         raise ConfigError("output.store: this field is required; write output: {store: out/NAME.zarr} or give --out")
     path = Path(job.output.store)
     run = RunFolder(path)
-    check_method(job.method)
+    check_job(job)
     summary = Summary(str(path))
     with hold(run, wait_s=wait_s) as lock:
         seen: dict[int, Scouted] = {}
@@ -388,7 +389,7 @@ def _publish(request: Request, period: Period, seen: Scouted, path: Path, levels
             "items": len(items),
             "items_digest": digest(items),
             "anchors": _anchor_names(seen, acquisitions),
-            "method": json.loads(job.method.model_dump_json()),
+            "method": learned.identity(job.method),
             "mask": json.loads(job.mask.model_dump_json()),
             "code_version": version("cloudgate"),
             "result_version": RESULT_VERSION,

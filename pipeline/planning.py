@@ -10,8 +10,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
+from pipeline import learned
 from pipeline.block import has_uncertainty
-from pipeline.config import Job
+from pipeline.config import LEARNED, Job
 from pipeline.errors import ConfigError
 from pipeline.frozen import SearchResult
 from pipeline.grid import Grid
@@ -65,16 +66,20 @@ def block_bytes(recipe: Recipe, cut_px: tuple[int, int], task_cols: int) -> floa
     pixels = (cut_px[0] + 2 * recipe.halo) * (min(cut_px[1], task_cols) + 2 * recipe.halo)
     around = 2 * (recipe.halo + recipe.mask_halo)
     cells = (cut_px[0] + around) * (task_cols + around) / recipe.factor**2
-    per_pixel = looks * bands * 2 * 2 + looks * 7 + 40
-    if recipe.method.name == "regression":
+    per_pixel: float = looks * bands * 2 * 2 + looks * 7 + 40
+    if recipe.method.name == "regression" or recipe.method.name in LEARNED:
         per_pixel += min(looks, 33) * (min(bands, 4) * 2 + 1) + 80 + bands * 4
+    fixed = 0.0
+    if recipe.method.name in LEARNED:
+        scratch, fixed = learned.scratch_bytes(recipe.method, looks, bands)
+        per_pixel += scratch
     if recipe.method.name == "geomedian":
         per_pixel += looks * bands * 4
     if recipe.method.name == "medoid":
         per_pixel += looks * 4
     if recipe.mask_model:
         cells *= 1 + 2 * bands / max(looks, 1)  # a detector reads all bands of a few scenes at a time
-    return pixels * per_pixel + cells * looks * 5
+    return pixels * per_pixel + cells * looks * 5 + fixed
 
 
 def task_bytes(recipe: Recipe, rows: int, cols: int) -> float:

@@ -1,5 +1,7 @@
 """What decides the pixels of one period: a ``Recipe``, small enough to travel to every worker, the same on each."""
 
+import pickle
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +30,7 @@ class Recipe:
         params: growth and checks.
         factor: pixels of the grid along a pixel of the mask's raster.
         phase: where its pixels start on the lattice (row, col).
-        method: name and options.
+        method: name and options; of a learned one where its weights lie and their hash, never the weights.
         target: the day to show, days since 1970-01-01.
         rejected: per acquisition, whether the temporal check rejects it as a whole.
         anchors: which acquisition to complete where.
@@ -59,6 +61,13 @@ class Recipe:
     threads: int
     open_files: int = 64
     mask_model: str | None = None
+
+    def __getstate__(self) -> bytes:
+        """Compressed for the way to the workers: maps of anchors and of a polygon are large and smooth."""
+        return zlib.compress(pickle.dumps(self.__dict__, pickle.HIGHEST_PROTOCOL), 1)
+
+    def __setstate__(self, state: bytes) -> None:
+        self.__dict__.update(pickle.loads(zlib.decompress(state)))  # noqa: S301 (part of a message of our own cluster)
 
     @cached_property
     def days(self) -> NDArray[np.int32]:

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import numpy as np
 
+from pipeline import learned
 from pipeline import mask as masks
 from pipeline.block import check_method
 from pipeline.catalog import search
@@ -38,6 +39,19 @@ class Request:
     schedule: tuple[Period, ...]
 
 
+def check_job(job: Job) -> None:
+    """Refuse a method or a mask that cannot work with these bands here, before anything is read or written.
+
+    Raises:
+        ConfigError: a wrong option, or a package or a GPU that is not there. WeightsError: weights that cannot serve.
+    """
+    check_method(job.method, job.bands)
+    if job.cluster.kind == "local":
+        learned.check_device(job.method)
+    if job.mask.model:
+        check_mask_model(job.mask.model, job.bands)
+
+
 def resolve(job: Job, *, slots: Sequence[int] | None = None) -> Request:
     """Check a job and search its catalog; nothing is written.
 
@@ -48,9 +62,7 @@ def resolve(job: Job, *, slots: Sequence[int] | None = None) -> Request:
     Raises:
         RequestError: every fault of the request. CatalogError: if the catalog does not answer.
     """
-    check_method(job.method)
-    if job.mask.model:
-        check_mask_model(job.mask.model, job.bands)
+    check_job(job)
     region = region_of(job.area)
     region.crs(job.grid)
     schedule = tuple(periods(job) if slots is None else first_periods(job, max(slots) + 1))
@@ -116,7 +128,7 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
         params=mask_params(job, found.mask.kind),
         factor=factor,
         phase=phase,
-        method=job.method,
+        method=learned.prepare(job.method, job.bands),
         target=period.target,
         rejected=tuple(layer.fails for layer in seen.layers) if seen else (False,) * len(acquisitions),
         anchors=seen.anchors if seen else None,

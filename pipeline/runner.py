@@ -83,6 +83,8 @@ def run_tasks(
         guard()
         for number, shard in enumerate(report.task.shards):
             run.mark(slot, shard, _facts(report) if number == 0 else {})
+        for note in report.notes:
+            progress.say(f"task at {report.task.rows[0]}, {report.task.cols[0]}: {note}")
         progress.step(len(report.task.shards), megabytes=report.bytes_read / 1e6)
 
 
@@ -192,4 +194,5 @@ def _facts(report: Report) -> dict[str, Any]:
         "filled": report.filled,
         "unfilled": report.unfilled,
         "outside": report.outside,
+        "notes": report.notes,
     }

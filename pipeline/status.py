@@ -58,4 +58,5 @@ def tally(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {name: sum(mark.get(name, 0) for mark in marks) for name in names}
     out["shards"] = len(marks)
     out["failures"] = [f for mark in marks for f in mark.get("failures", [])][:100]
+    out["notes"] = [note for mark in marks for note in mark.get("notes", [])][:100]
     return out

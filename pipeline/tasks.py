@@ -48,6 +48,7 @@ class Report:
     unfilled: int = 0
     outside: int = 0
     scenes: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def run_task(recipe: Recipe, task: Task, path: str, slot: int) -> Report:
@@ -124,6 +125,7 @@ def _place(
 ) -> None:
     """Copy one sub-block into the task's arrays, with the area's outline applied."""
     apply_area(block, recipe.area(rows, cols))
+    report.notes += block.notes
     outside = int(np.count_nonzero(block.flags & OUTSIDE)) if recipe.inside is not None else 0
     filled = int(np.count_nonzero(block.codes[0]))
     report.outside += outside

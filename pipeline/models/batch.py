@@ -84,15 +84,6 @@ class Completed:
     weights: Tensor | None = None
     sigma: Tensor | None = None
 
-    def bands_together(self, bands: int) -> Self:
-        """The inverse of ``Batch.by_band`` for an answer: (B*C, ..., 1, H, W) to (B, ..., C, H, W)."""
-
-        def together(part: Tensor) -> Tensor:
-            return part.reshape(-1, bands, *part.shape[1:]).squeeze(-3).movedim(1, -3)
-
-        more = (None if part is None else together(part) for part in (self.weights, self.sigma))
-        return type(self)(together(self.image), together(self.aggregate), *more)
-
 
 class ModelConfig(BaseModel):
     """What every network's configuration has; it travels inside the weights file."""
@@ -103,6 +94,12 @@ class ModelConfig(BaseModel):
     """Which network, a key of ``pipeline.models.NETWORKS``."""
     bands: tuple[str, ...] = Field(default=())
     """Band names in the order of the channels; empty: weights shared over bands, any subset in any order."""
+    patch_px: int = Field(default=128, gt=0)
+    """Side of the patches at inference; see ``pipeline.predict.PatchLattice``."""
+    stride_px: int = Field(default=96, gt=0)
+    """From patch to patch."""
+    border_px: int = Field(default=8, ge=0)
+    """Outermost pixels of a patch that are not used."""
 
 
 class Model(nn.Module):

@@ -1,0 +1,261 @@
+"""Inference with a learned model: observed pixels untouched, no byte depends on how the ground was cut, no garbage."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_network import TinyNet, tiny
+
+from pipeline import predict
+from pipeline.bands import to_codes, to_reflectance
+from pipeline.errors import ConfigError, RunError
+from pipeline.models.batch import Batch, Completed
+from pipeline.predict import PatchLattice, complete, halo_px
+
+DAYS = np.array([19000, 19007, 19012, 19020, 19031], np.int32)
+ANCHOR = 2
+
+
+def scene(seed=0, bands=3, height=120, width=136, clouds=9):
+    """Looks with round clouds of their own, one spot that no look shows, one that only the farthest shows."""
+    rng = np.random.default_rng(seed)
+    ground = to_codes(0.15 + 0.1 * rng.random((bands, height // 4 + 1, width // 4 + 1))).repeat(4, 1).repeat(4, 2)
+    ground = ground[:, :height, :width].astype(int)
+    drift = rng.integers(-80, 80, (len(DAYS), bands, 1, 1))
+    codes = (ground[None] + drift + rng.integers(-9, 9, (len(DAYS), bands, height, width))).astype(np.uint16)
+    rows, cols = np.mgrid[:height, :width]
+    clear = np.ones((len(DAYS), height, width), bool)
+    for layer in clear:
+        for _ in range(clouds):
+            y, x, r = rng.integers(0, height), rng.integers(0, width), rng.integers(4, 14)
+            layer[(rows - y) ** 2 + (cols - x) ** 2 < r * r] = False
+    clear[:, 20:24, 30:34] = False
+    clear[:, 40:44, 30:34] = False
+    clear[4, 40:44, 30:34] = True
+    return codes, clear
+
+
+def run(codes, clear, *, model, anchor=ANCHOR, target=int(DAYS[ANCHOR]), row0=1000, col0=-3000, **more):
+    return complete(
+        codes=codes, clear=clear, days=DAYS, target=target, anchor=anchor, row0=row0, col0=col0, model=model, **more
+    )
+
+
+def same(one, other):
+    for name in ("codes", "sigma", "source_date", "doubtful"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+def test_observed_pixels_pass_gaps_are_filled_and_nothing_is_invented():
+    codes, clear = scene()
+    made = run(codes, clear, model=tiny())
+    known, seen = clear[ANCHOR], clear.any(axis=0)
+    np.testing.assert_array_equal(made.codes[:, known], codes[ANCHOR][:, known])
+    assert (made.source_date[known] == DAYS[ANCHOR]).all()
+    assert np.isnan(made.sigma[:, known]).all()
+    assert (made.codes[:, ~seen] == 0).all()
+    assert (made.source_date[~seen] == 0).all()
+    gap = seen & ~known
+    assert gap.sum() > 500
+    assert (made.codes[:, gap] != 0).all()
+    assert np.isfinite(made.sigma[:, gap]).all()
+    assert not made.doubtful.any()
+
+
+def test_the_date_is_that_of_the_heaviest_weight():
+    codes, clear = scene()
+    made = run(codes, clear, model=tiny())
+    gap = clear.any(axis=0) & ~clear[ANCHOR]
+    distance = np.where(clear, np.abs(DAYS - DAYS[ANCHOR])[:, None, None], 999)
+    np.testing.assert_array_equal(made.source_date[gap], DAYS[distance.argmin(axis=0)][gap])
+    plain = run(codes, clear, model=tiny(gate=False))
+    np.testing.assert_array_equal(plain.source_date, made.source_date)  # without weights: the nearest clear look
+
+
+def test_without_a_gap_nothing_is_computed():
+    codes, clear = scene()
+    clear[ANCHOR] = True
+    model = tiny()
+    made = run(codes, clear, model=model)
+    np.testing.assert_array_equal(made.codes, codes[ANCHOR])
+    assert not model.seen
+    clear[ANCHOR, 60, 70] = False
+    clear[:, 0, 0] = False  # no look at all: no reason to run a patch
+    run(codes, clear, model=model)
+    assert 1 <= len(model.seen) <= 4
+
+
+def test_all_clouded_is_no_data():
+    codes, clear = scene()
+    made = run(codes, np.zeros_like(clear), model=tiny())
+    assert (made.codes == 0).all()
+    assert (made.source_date == 0).all()
+
+
+def test_no_byte_depends_on_how_the_ground_was_cut():
+    codes, clear = scene(height=560, width=520, clouds=100)
+    model = tiny()
+    halo = halo_px(model)
+    whole = run(codes, clear, model=model)
+    assert ((whole.codes[0] != 0) & ~clear[ANCHOR]).sum() > 10_000
+    for rows, cols in [((300, 380), (290, 350)), ((311, 377), (0, 61)), ((0, 5), (500, 520))]:
+        top, left = max(rows[0] - halo, 0), max(cols[0] - halo, 0)
+        around = slice(top, rows[1] + halo), slice(left, cols[1] + halo)
+        part = run(
+            np.ascontiguousarray(codes[:, :, *around]),
+            np.ascontiguousarray(clear[:, *around]),
+            model=model,
+            row0=1000 + top,
+            col0=-3000 + left,
+            core=(slice(rows[0] - top, rows[1] - top), slice(cols[0] - left, cols[1] - left)),
+        )
+        for name in ("codes", "sigma", "source_date"):
+            np.testing.assert_array_equal(getattr(whole, name)[..., slice(*rows), slice(*cols)], getattr(part, name))
+
+
+def test_where_arrays_end_beyond_the_data_does_not_matter():
+    codes, clear = scene(height=90, width=70)
+    model = tiny()
+    bare = run(codes, clear, model=model)
+    edges = ((30, 41), (57, 20))
+    padded = run(
+        np.pad(codes, ((0, 0), (0, 0), *edges)),
+        np.pad(clear, ((0, 0), *edges)),
+        model=model,
+        row0=1000 - 30,
+        col0=-3000 - 57,
+        core=(slice(30, 120), slice(57, 127)),
+    )
+    same(bare, padded)
+
+
+def test_patches_are_padded_by_reflection_where_data_end():
+    codes, clear = scene(height=40, width=50)
+    model = tiny()
+    made = run(codes, clear, model=model, row0=0, col0=0)
+    assert (made.codes[:, clear.any(axis=0)] != 0).all()
+    for batch in model.seen:
+        assert (batch.present == 1).all()
+        assert (batch.scale > 0).all()
+    first = model.seen[0]  # begins at -40: the first pixel of the data lies at 40
+    assert torch.equal(first.looks[0, ANCHOR, :, 24:41, 24:41], first.looks[0, ANCHOR, :, 40:57, 40:57].flip(-1, -2))
+
+
+@pytest.mark.parametrize("n_bands", [1, 3, 4, 5, 10])
+def test_any_bands_in_any_order(n_bands):
+    codes, clear = scene(bands=n_bands, height=40, width=64)
+    order = np.random.default_rng(1).permutation(n_bands)
+    model = tiny()
+    one = run(codes, clear, model=model)
+    assert one.codes.shape == (n_bands, 40, 64)
+    assert (one.codes[:, clear.any(axis=0)] != 0).all()
+    if n_bands <= 4:  # beyond four bands the regression's own groups follow the order
+        other = run(np.ascontiguousarray(codes[:, order]), clear, model=model)
+        assert np.abs(other.codes.astype(int) - one.codes[order].astype(int)).max() <= 1
+
+
+def test_a_date_that_shows_nothing_is_predicted():
+    codes, clear = scene()
+    target = int(DAYS[3]) - 2
+    model = tiny()
+    made = run(codes, clear, model=model, anchor=None, target=target)
+    seen = clear.any(axis=0)
+    assert (made.codes[:, seen] != 0).all()
+    assert (made.codes[:, ~seen] == 0).all()
+    assert (made.source_date[clear[3]] == DAYS[3]).all()
+    assert {float(d) for d in model.seen[0].days[0]} <= {float(d) for d in DAYS - target}
+    assert (model.seen[0].known == 0).all()
+    bare = run(codes, clear, model=tiny(sigma=False), anchor=None, target=target)
+    assert np.isnan(bare.sigma).all()  # interpolation claims no error of its own
+
+
+class Broken(TinyNet):
+    """Answers nonsense in a corner of every patch."""
+
+    def forward(self, batch: Batch, *, with_weights: bool = False) -> Completed:
+        done = super().forward(batch, with_weights=with_weights)
+        image = done.image.clone()
+        image[..., :32, :32] = torch.nan
+        image[:, 1, 40:, 40:] = 1e9
+        return replace(done, image=image, sigma=done.sigma * torch.inf)
+
+
+def test_nonsense_is_replaced_by_the_prior_and_marked():
+    codes, clear = scene()
+    good, bad = run(codes, clear, model=tiny()), run(codes, clear, model=tiny(Broken))
+    assert bad.doubtful.any()
+    gap = clear.any(axis=0) & ~clear[ANCHOR]
+    assert not bad.doubtful[~gap].any()
+    difference = np.abs(to_reflectance(bad.codes) - to_reflectance(good.codes))[:, gap]
+    assert difference.max() < 0.05
+    assert np.isfinite(bad.sigma[:, gap]).all()
+
+
+class Narrow(TinyNet):
+    """A model on a device that holds two patches, or none."""
+
+    holds = 2
+
+    def forward(self, batch: Batch, *, with_weights: bool = False) -> Completed:
+        if len(batch.prior) > self.holds:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return super().forward(batch, with_weights=with_weights)
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(monkeypatch):
+    def as_on_a_gpu(model, _device, patch_batch):
+        return predict._halved.get(model, patch_batch)
+
+    codes, clear = scene(height=200, width=200, clouds=20)
+    calm = run(codes, clear, model=tiny())
+    monkeypatch.setattr(predict, "_most", as_on_a_gpu)
+    model = tiny(Narrow)
+    made = run(codes, clear, model=model, patch_batch=8)
+    np.testing.assert_allclose(made.codes.astype(int), calm.codes.astype(int), atol=1)
+    assert [len(batch.prior) for batch in model.seen][:2] == [2, 2]
+    assert made.notes == [
+        "out of GPU memory with 8 patches at a time, went on with 4",
+        "out of GPU memory with 4 patches at a time, went on with 2",
+    ]
+    assert run(codes, clear, model=model, patch_batch=8).notes == []  # learnt for good
+    model = tiny(Narrow)
+    model.holds = 0
+    with pytest.raises(RunError, match=r"method\.device=cpu"):
+        run(codes, clear, model=model, patch_batch=2)
+
+
+def test_padding_of_shorter_series_changes_nothing_but_rounding(monkeypatch):
+    codes, clear = scene(height=200, width=200, clouds=20)
+    clear[0, :, 90:] = False
+    clear[4, 90:] = False
+    one = run(codes, clear, model=tiny())
+    monkeypatch.setattr(predict, "_most", lambda *_: 32)
+    model = tiny()
+    many = run(codes, clear, model=model)
+    assert not model.seen[0].steps.all()
+    np.testing.assert_allclose(many.codes.astype(int), one.codes.astype(int), atol=1)
+    np.testing.assert_array_equal(many.source_date, one.source_date)
+
+
+def test_the_order_of_equal_dates_and_threads_do_not_matter():
+    codes, clear = scene(height=100, width=100)
+    torch.set_num_threads(2)
+    one = run(codes, clear, model=tiny())
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    same(one, run(codes, clear, model=tiny()))
+
+
+def test_a_lattice_that_leaves_gaps_is_refused():
+    with pytest.raises(ConfigError, match="do not overlap"):
+        halo_px(tiny(stride_px=63))
+    weights = PatchLattice(64, 40, 4).profile
+    total = sum(np.pad(weights, (40 * i, 40 * (5 - i))) for i in range(6))
+    np.testing.assert_allclose(total[64:200], 1, atol=1e-6)
+
+
+def test_bf16_stays_close():
+    codes, clear = scene()
+    one, low = run(codes, clear, model=tiny()), run(codes, clear, model=tiny(), precision="bf16")
+    assert 0 < np.abs(one.codes.astype(int) - low.codes.astype(int)).max() <= 30
