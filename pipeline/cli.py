@@ -1,17 +1,17 @@
 """The command line: thin. In come arguments, out come calls of the Python API, and errors as one kind paragraph."""
 
-import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import CloudgateError, ConfigError
+from pipeline.cli_schedule import app as schedule_app
+from pipeline.console import AsJson, Debug, Overrides
+from pipeline.console import kind as _kind
+from pipeline.console import print_json as _print_json
+from pipeline.errors import ConfigError
 
 app = typer.Typer(
     name="cloudgate",
@@ -22,32 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(schedule_app, name="schedule")
+
 JobFile = Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a field: key=value with dotted keys, e.g. method.name=median."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-_state = {"debug": False}
-
-
-@contextmanager
-def _kind(debug: bool) -> Iterator[None]:
-    """Errors raised on purpose become one paragraph and their exit code."""
-    _state["debug"] = debug
-    logging.getLogger("distributed").setLevel(logging.ERROR)
-    try:
-        yield
-    except CloudgateError as error:
-        if debug:
-            raise
-        typer.secho(f"cloudgate: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(error.exit_code) from None
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1, default=str))
 
 
 def _version(asked: bool) -> None:

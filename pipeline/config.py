@@ -121,7 +121,8 @@ class TimeSpec(_Base):
 
     @field_validator("every")
     @classmethod
-    def _every(cls, value: str | None) -> str | None:
+    def check_every(cls, value: str | None) -> str | None:
+        """Refuse what makes no periods of whole days."""
         if value is None or value in CALENDAR:
             return value
         known = f"known are {', '.join(CALENDAR)}, or a cron expression of five fields such as '0 0 1,16 * *'"

@@ -60,6 +60,12 @@ def digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(_canonical(plain).encode()).hexdigest()
 
 
+def item_key(item: Item) -> str:
+    """Short name of a scene as it was processed: a new baseline is another scene, a moved file is the same."""
+    facts = [item.collection, item.id, item.datetime, item.baseline]
+    return hashlib.sha256(_canonical(facts).encode()).hexdigest()[:16]
+
+
 def save_items(result: SearchResult, path: Path | str) -> None:
     """Freeze a search to a JSON file that replays without network. It holds no credential.
 

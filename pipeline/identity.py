@@ -17,7 +17,6 @@ from pipeline import store as stores
 from pipeline.block import has_uncertainty
 from pipeline.config import Job
 from pipeline.errors import StoreMismatchError
-from pipeline.items import Item
 from pipeline.jobfile import job_json
 from pipeline.periods import Period
 from pipeline.records import RunFolder
@@ -60,11 +59,6 @@ def _area(job: Job) -> dict[str, Any]:
     if job.area.geojson and job.area.geojson.is_file():
         area["geojson"] = _sha256(job.area.geojson)
     return area
-
-
-def item_key(item: Item) -> str:
-    """Short name of a scene as it was processed: a new baseline is another scene, a moved file is the same."""
-    return _short([item.collection, item.id, item.datetime, item.baseline])
 
 
 def recipe_key(job: Job) -> str:

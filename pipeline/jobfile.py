@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.config import LEARNED, Job
 from pipeline.errors import CloudgateError, ConfigError
@@ -33,7 +33,12 @@ def _expand(value: Any) -> Any:
     return [_expand(item) for item in value] if isinstance(value, list) else value
 
 
-def _set(data: dict[str, Any], assignment: str) -> None:
+def set_field(data: dict[str, Any], assignment: str) -> None:
+    """Set a field of a mapping from ``key=value`` with dotted keys and a YAML value.
+
+    Raises:
+        ConfigError: if it has no ``=``.
+    """
     key, separator, text = assignment.partition("=")
     if not separator:
         raise ConfigError(f"--set: {assignment!r} is not key=value; write for example --set method.name=median")
@@ -45,8 +50,7 @@ def _set(data: dict[str, Any], assignment: str) -> None:
     node[last] = yaml.safe_load(text)
 
 
-def _hint(loc: Sequence[str | int]) -> str:
-    model: Any = Job
+def _hint(loc: Sequence[str | int], model: Any) -> str:
     for part in loc[:-1]:
         model = getattr(model, "model_fields", {}).get(str(part))
         model = getattr(model, "annotation", None)
@@ -55,15 +59,15 @@ def _hint(loc: Sequence[str | int]) -> str:
     return f"; did you mean {near[0]!r}?" if near else (f"; known are {', '.join(known)}" if known else "")
 
 
-def explain(error: ValidationError, what: str) -> str:
-    """A validation error as one paragraph: what, field, value, way out."""
+def explain(error: ValidationError, what: str, model: type[BaseModel] = Job) -> str:
+    """A validation error of ``model`` as one paragraph: what, field, value, way out."""
     lines = []
     for fault in error.errors()[:3]:
         loc = [part for part in fault["loc"] if not str(part).startswith(("literal[", "function-"))]
         where = ".".join(str(part) for part in loc)
         kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
         if kind == "extra_forbidden":
-            lines.append(f"{where}: there is no such field{_hint(loc)}")
+            lines.append(f"{where}: there is no such field{_hint(loc, model)}")
         elif kind == "missing":
             lines.append(f"{where}: this field is required")
         elif loc:
@@ -73,6 +77,28 @@ def explain(error: ValidationError, what: str) -> str:
         else:
             lines.append(message)
     return f"{what}: " + "; ".join(lines)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file of fields, ``${VAR}`` expanded; ``what`` (job, schedule) names it in messages.
+
+    Raises:
+        ConfigError: if it is missing or no such file.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{what}: there is no file {path}; give the path of a {what} YAML, or try `cloudgate demo` first"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{what} {path}: not readable as YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{what} {path}: a mapping of fields is needed, got {type(data).__name__}; see `cloudgate --help`"
+        )
+    out: dict[str, Any] = _expand(data)
+    return out
 
 
 def load_job(path: Path | str, *, overrides: Sequence[str] = (), store: str | None = None) -> Job:
@@ -87,21 +113,9 @@ def load_job(path: Path | str, *, overrides: Sequence[str] = (), store: str | No
         ConfigError: for a missing file, broken YAML, an unknown field, or a value out of range.
     """
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"job: there is no file {path}; give the path of a job YAML, or try `cloudgate demo` first"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"job {path}: not readable as YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"job {path}: a mapping of fields is needed, got {type(data).__name__}; see `cloudgate mosaic --help`"
-        )
-    data = _expand(data)
+    data = read_yaml(path, "job")
     for assignment in overrides:
-        _set(data, assignment)
+        set_field(data, assignment)
     if store:
         data["output"] = {**(data.get("output") or {}), "store": store}
     return job_from_dict(data, folder=path.parent, what=f"job {path}")

@@ -50,7 +50,7 @@ def _next(day: date, every: str) -> date:
     return date(day.year + first // 12, first % 12 + 1, 1)
 
 
-def _series(job: Job) -> Iterator[Period]:
+def endless(job: Job) -> Iterator[Period]:
     """All periods since the job's start, without end; the last day of the year 9999 is not met in practice."""
     start, slot = job.time.start, 0
     while True:
@@ -71,7 +71,7 @@ def _period(job: Job, slot: int, start: date, end: date) -> Period:
 def periods(job: Job) -> list[Period]:
     """The periods of a job, in order; one where ``time.every`` is absent. The last is cut at ``time.end``."""
     last = (job.time.end - EPOCH).days
-    out = list(takewhile(lambda period: period.start <= last, _series(job)))
+    out = list(takewhile(lambda period: period.start <= last, endless(job)))
     if out[-1].end > last:
         out[-1] = _period(job, out[-1].slot, EPOCH + timedelta(days=out[-1].start), job.time.end)
     return out
@@ -79,4 +79,4 @@ def periods(job: Job) -> list[Period]:
 
 def first_periods(job: Job, count: int) -> list[Period]:
     """The first ``count`` periods of a series that goes on: whole ones, whatever ``time.end`` says."""
-    return list(islice(_series(job), count))
+    return list(islice(endless(job), count))

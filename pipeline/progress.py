@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -152,6 +152,22 @@ def show_status(status: dict[str, Any]) -> None:
             str(period["failed_reads"]),
         )
     console.print(table)
+
+
+def show_standings(standings: Mapping[str, Sequence[Mapping[str, Any]]], *, everything: bool) -> None:
+    """Print where periods of a schedule stand; without ``everything`` only those that need something."""
+    console = Console()
+    table = _table("", "area", "period", "state", "why")
+    counts: dict[str, int] = {}
+    for area, some in standings.items():
+        for one in some:
+            counts[one["state"]] = counts.get(one["state"], 0) + 1
+            if everything or one["state"] not in ("done", "waiting"):
+                at = f"; next at {one['at'][:16]}" if one["at"] else ""
+                table.add_row(area, f"{one['start']} to {one['end']}", one["state"], f"{one['why']}{at}".lstrip("; "))
+    if table.row_count:
+        console.print(table)
+    console.print(", ".join(f"{number} {state}" for state, number in sorted(counts.items())) or "no period yet")
 
 
 def show_checks(checks: Sequence[Any]) -> None:

@@ -18,8 +18,12 @@ from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
 from pipeline.models.batch import Model, ModelConfig
+from pipeline.models.fusion import NetworkConfig, SmallConfig, TimeGateUNet
 
-NETWORKS: Final[dict[str, tuple[type[ModelConfig], type[Model]]]] = {}
+NETWORKS: Final[dict[str, tuple[type[ModelConfig], type[Model]]]] = {
+    "paper": (NetworkConfig, TimeGateUNet),
+    "small": (SmallConfig, TimeGateUNet),
+}
 """Every network by the ``name`` of its configuration: the class that reads the configuration, and the network's."""
 
 

@@ -84,6 +84,15 @@ class Completed:
     weights: Tensor | None = None
     sigma: Tensor | None = None
 
+    def bands_together(self, bands: int) -> Self:
+        """The inverse of ``Batch.by_band`` for an answer: (B*C, ..., 1, H, W) to (B, ..., C, H, W)."""
+
+        def together(part: Tensor) -> Tensor:
+            return part.reshape(-1, bands, *part.shape[1:]).squeeze(-3).movedim(1, -3)
+
+        more = (None if part is None else together(part) for part in (self.weights, self.sigma))
+        return type(self)(together(self.image), together(self.aggregate), *more)
+
 
 class ModelConfig(BaseModel):
     """What every network's configuration has; it travels inside the weights file."""

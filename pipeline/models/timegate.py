@@ -141,8 +141,9 @@ class TimeGate(nn.Module):
         self.kinds = config.estimates + (config.prior == "member")
         self.combine_about = nn.Conv2d(self.kinds + self.channels, narrow, 1, bias=False) if self.kinds else None
         self.combine_norm = nn.Sequential(nn.BatchNorm2d(narrow), nn.Mish())
-        asked = 3 * config.condition + self.channels * config.context
-        asked += sum(1 if name == "known" else self.channels for name in config.extra_inputs)
+        self.extra_channels = self.channels * config.context
+        self.extra_channels += sum(1 if name == "known" else self.channels for name in config.extra_inputs)
+        asked = 3 * config.condition + self.extra_channels
         self.conditioning = convolve(asked, narrow, 1) if asked else None
         self.spatial = convolve(narrow, wide, 3)
         # no Mish after the last one: the ReLU of equation 1 follows
@@ -207,15 +208,17 @@ class TimeGate(nn.Module):
 
     def shown(self, target: Batch) -> Tensor | None:
         """(B, Q, H, W): what every step is told about the target, None where nothing is asked for."""
+        parts = [target.condition, *self.extras(target)] if self.config.condition else self.extras(target)
+        return torch.cat(parts, dim=1) if parts else None
+
+    def extras(self, target: Batch) -> list[Tensor]:
+        """The extra inputs and the context that were asked for, each (B, ?, H, W), ``extra_channels`` in all."""
         config = self.config
         if config.context > target.context.shape[1]:
             raise ValueError(f"this gate takes {config.context} context channels, got {target.context.shape[1]}")
-        parts = [target.condition] if config.condition else []
         sources = {"known": target.known, "prior": target.prior, "scale": _log_scale(target.scale)}
-        parts += [sources[name] for name in config.extra_inputs]
-        if config.context:
-            parts.append(target.context[:, : config.context].flatten(1, 2))
-        return torch.cat(parts, dim=1) if parts else None
+        parts = [sources[name] for name in config.extra_inputs]
+        return [*parts, target.context[:, : config.context].flatten(1, 2)] if config.context else parts
 
     def _htime(self, parts: Sequence[_Steps], shown_NQHW: Tensor | None) -> Tensor:
         """Algorithm 1 and equation 1: the weights of steps in a row, (N, W, H, W) float32, 0 or more."""
@@ -323,7 +326,7 @@ class TimeGate(nn.Module):
         if self.opening is None:
             return _Blend(by_weight, by_use, torch.zeros_like(total))
         if self.config.prior == "base":
-            opened = self.opening * (1.0 / (total + EPSILON)).masked_fill(total < WEAK, 0.0)
+            opened = self.opening / (total + WEAK)  # goes over to the prior without a step where weights are weak
         else:
             # not below 0, where weights would cancel; the gradient passes, so that it can open again
             opening = self.opening + (self.opening.clamp_min(0.0) - self.opening).detach()

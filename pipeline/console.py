@@ -1,0 +1,36 @@
+"""What all commands share: in comes a command's work, out come errors as one kind paragraph with their exit code."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import CloudgateError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: key=value with dotted keys, e.g. method.name=median."),
+]
+
+
+@contextmanager
+def kind(debug: bool) -> Iterator[None]:
+    """Errors raised on purpose become one paragraph and their exit code."""
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    try:
+        yield
+    except CloudgateError as error:
+        if debug:
+            raise
+        typer.secho(f"cloudgate: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(error.exit_code) from None
+
+
+def print_json(data: Any) -> None:
+    """Print an answer for a program."""
+    typer.echo(json.dumps(data, indent=1, default=str))
