@@ -98,6 +98,9 @@ class GridSpec(_Base):
     crs: str = Field("utm", description="utm (zone of the centre) or a projected EPSG code such as EPSG:3035")
     resolution_m: float = Field(10, gt=0, description="pixel size in metres")
     shard_px: int = Field(2048, ge=16, description="side of a Zarr shard, the unit of writing, in pixels")
+    sharded: bool = Field(
+        True, description="false: every chunk is an object of its own, for readers without shards (GDAL before 3.13)"
+    )
 
     @field_validator("shard_px")
     @classmethod

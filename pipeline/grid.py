@@ -77,6 +77,7 @@ class Grid:
         height: rows.
         width: columns.
         shard_px: side of a Zarr shard, the unit of writing, in pixels.
+        sharded: whether a shard's chunks lie in one object; each is an object of its own where not.
     """
 
     crs: str
@@ -87,6 +88,7 @@ class Grid:
     height: int
     width: int
     shard_px: int = 2048
+    sharded: bool = True
 
     @classmethod
     def around(

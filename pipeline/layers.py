@@ -93,7 +93,7 @@ def layer_specs(bands: Sequence[str], *, uncertainty: bool) -> dict[str, LayerSp
 
 
 def array_metadata(spec: LayerSpec, grid: Grid, slots: int) -> ArrayV3Metadata:
-    """Metadata of one layer's array ``(time, y, x)``: shards of ``grid.shard_px``, chunks of ``CHUNK_PX`` inside."""
+    """Metadata of one layer's array ``(time, y, x)``: chunks of ``CHUNK_PX``, in shards of ``grid.shard_px``."""
     shard = (1, grid.shard_px, grid.shard_px)
     chunk = (1, min(CHUNK_PX, grid.shard_px), min(CHUNK_PX, grid.shard_px))
     blosc = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=np.dtype(spec.dtype).itemsize)
@@ -113,10 +113,10 @@ def array_metadata(spec: LayerSpec, grid: Grid, slots: int) -> ArrayV3Metadata:
             "node_type": "array",
             "shape": [slots, grid.height, grid.width],
             "data_type": spec.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard if grid.sharded else chunk)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": spec.fill,
-            "codecs": [sharding],
+            "codecs": [sharding] if grid.sharded else inner,
             "dimension_names": ["time", "y", "x"],
             "attributes": {**spec.attrs, "grid_mapping": "spatial_ref"},
         }

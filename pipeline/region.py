@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,14 @@ class Region:
             ConfigError: for an unknown or geographic CRS, or an empty area.
         """
         crs = self.crs(spec)
-        return Grid.around(
+        grid = Grid.around(
             self.project(crs),
             crs=crs,
             resolution_m=spec.resolution_m,
             phase_m=lattice_phase(items, bands, crs, spec.resolution_m),
             shard_px=spec.shard_px,
         )
+        return replace(grid, sharded=spec.sharded)
 
     def inside(self, grid: Grid) -> NDArray[np.bool_] | None:
         """(height, width) bool of pixel centres inside a polygon; None where all of the grid is the area."""
