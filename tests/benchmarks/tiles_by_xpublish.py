@@ -1,6 +1,6 @@
 """Does xpublish-tiles open a store of ours without our code, and pick overviews by zoom? It is too heavy for the tests.
 
-    uv run --with xpublish-tiles python tests/benchmarks/xpublish_tiles.py STORE.zarr [VARIABLE]
+    uv run --with xpublish-tiles python tests/benchmarks/tiles_by_xpublish.py STORE.zarr [VARIABLE]
 
 Prints, for each zoom, the bytes of a tile in the middle of the mosaic and the share of its pixels that are drawn.
 """
