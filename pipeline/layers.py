@@ -97,7 +97,7 @@ def array_metadata(spec: LayerSpec, grid: Grid, slots: int) -> ArrayV3Metadata:
     shard = (1, grid.shard_px, grid.shard_px)
     chunk = (1, min(CHUNK_PX, grid.shard_px), min(CHUNK_PX, grid.shard_px))
     blosc = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=np.dtype(spec.dtype).itemsize)
-    inner = [{"name": "bytes", "configuration": {"endian": "little"}}, blosc.to_dict()]
+    inner: list[Any] = [{"name": "bytes", "configuration": {"endian": "little"}}, blosc.to_dict()]
     sharding: dict[str, Any] = {
         "name": "sharding_indexed",
         "configuration": {
