@@ -260,6 +260,53 @@ def preview(
 
 
 @app.command()
+def train(
+    file: Annotated[Path, typer.Argument(help="TRAIN.yaml, see tests/jobs/train.yaml.", show_default=False)],
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only write the training samples.")] = False,
+    overrides: Overrides = None,
+    restart: Annotated[bool, typer.Option(help="Forget what is there and start over.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train a network on one's own region or on simulated scenes. Run it again to go on where it stopped.
+
+    The samples are written first (needs GDAL); a machine that finds them written needs neither GDAL nor Dask.
+
+    Example: [bold]cloudgate train train.yaml --prepare && cloudgate train train.yaml --set fit.epochs=50[/bold]
+    """
+    with _kind(debug):
+        from pipeline.learnfile import load_training
+        from pipeline.progress import terminal
+        from pipeline.samples import is_complete
+
+        training = load_training(file, overrides=overrides or ())
+        answer: dict[str, Any] = {}
+        with terminal(quiet=as_json) as progress:
+            if prepare or not is_complete(training.store):
+                from pipeline.prepare import prepare as write
+
+                written = write(training, restart=restart and prepare, progress=progress)
+                answer["prepared"] = written.__dict__
+                progress.say(f"{written.store}: {written.samples} samples of {len(written.places)} sources")
+            if not prepare:
+                from pipeline.train import train as learn
+
+                trained = learn(training, restart=restart, progress=progress)
+                answer["trained"] = trained.__dict__
+        if as_json:
+            _print_json(answer)
+        elif not prepare:
+            best = trained.best
+            print(
+                f"{trained.weights}: {trained.stopped}; best epoch {int(best['epoch']) + 1}, validation PSNR "
+                f"{best['psnr']:.2f} dB (prior {best['prior_psnr']:.2f}); {trained.seconds:.0f} s, of which "
+                f"{100 * trained.wait_share:.0f} % waiting for samples"
+                if best
+                else f"{training.out}: {trained.stopped}; no epoch finished yet, the same command goes on"
+            )
+
+
+@app.command()
 def doctor(
     catalog: Annotated[str | None, typer.Option(help="Also ask this catalog (profile or URL).")] = None,
     as_json: AsJson = False,

@@ -6,7 +6,7 @@ Overviews go the same way: one future per shard of a level, each level after the
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from distributed import as_completed
 from distributed.client import FutureCancelledError
@@ -18,33 +18,9 @@ from pipeline.grid import Grid
 from pipeline.overviews import coarsen_shard, level_shards
 from pipeline.recipe import Recipe
 from pipeline.records import RunFolder
+from pipeline.report import Progress as Progress
+from pipeline.report import Silent as Silent
 from pipeline.tasks import Report, Task, run_task
-
-
-class Progress(Protocol):
-    """What a run tells while it goes; the command line draws it."""
-
-    def say(self, text: str) -> None:
-        """One line of news."""
-
-    def begin(self, what: str, total: int) -> None:
-        """A step of ``total`` units begins."""
-
-    def step(self, units: int, *, megabytes: float = 0.0) -> None:
-        """So many units are done, so many megabytes were read for them."""
-
-
-class Silent:
-    """Tells nothing."""
-
-    def say(self, text: str) -> None:
-        """Drop it."""
-
-    def begin(self, what: str, total: int) -> None:
-        """Drop it."""
-
-    def step(self, units: int, *, megabytes: float = 0.0) -> None:
-        """Drop it."""
 
 
 def run_tasks(

@@ -12,12 +12,13 @@ from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
 from pipeline import composite
+from pipeline.cases import completions, grow
 from pipeline.errors import ConfigError
 from pipeline.regression import HALO_PX, Filled, RegressionOptions, fill_acquisition, fill_series
 from pipeline.regression_fit import cell_gram, tile_features
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-from series import cases, grow, read_series
+from series import read_series
 
 DATA = os.environ.get("CLOUDGATE_DATA")
 
@@ -356,7 +357,7 @@ def test_sigma_grows_with_the_distance_to_clear_ground() -> None:
 def test_real_series_gain_over_linear_and_sigma_covers(name: str) -> None:
     series = read_series(Path(str(DATA)) / name)
     gains, pairs = [], []
-    for case in cases(series):
+    for case in completions(series):
         f = Field(case.codes, case.codes, case.clear, case.days)
         filled = fill(f, case.target)
         clear = case.clear[case.target]

@@ -1,0 +1,449 @@
+"""Training: in come TRAIN.yaml and its prepared store, out come weights, a log and curves; it goes on after a kill.
+
+One loop over Lightning Fabric (precision, devices, strategy). The state is saved every so many steps, and the order of
+samples, their augmentation and the random numbers of a step depend on seed, epoch and number alone, so that a resumed
+training takes the very steps the interrupted one would have taken. Imports neither GDAL nor Dask.
+"""
+
+import io
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pipeline import estimates, models
+from pipeline.curves import draw_curves
+from pipeline.errors import ConfigError, RunError, StoreMismatchError
+from pipeline.exam import exam_pixels, lesson_weight, scores, timed, undistorted
+from pipeline.learnfile import Training
+from pipeline.logs import append, cut, rows_of
+from pipeline.models import weights
+from pipeline.models.batch import Batch, Completed, Model
+from pipeline.objects import write_whole
+from pipeline.patches import Lesson, Order, Patches, collate
+from pipeline.report import Progress, Silent
+from pipeline.samples import Store, open_store, split_samples
+
+STATE: Final = "state.pt"
+REQUEST: Final = "training.json"
+STEPS: Final = "steps.csv"
+EPOCHS: Final = "epochs.csv"
+WEIGHTS: Final = "weights.safetensors"
+CURVES: Final = "curves.png"
+_FREE: Final = (
+    "devices",
+    "strategy",
+    "accelerator",
+    "loaders",
+    "threads",
+    "max_minutes",
+    "checkpoint_steps",
+    "patience",
+)
+"""Fields of ``fit`` that may change from one run to the next."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left.
+
+    Attributes:
+        weights: the best network by validation error; ``method.weights`` takes it.
+        epochs, steps: done in all, earlier runs included.
+        best: the row of the best epoch, see ``epochs.csv``.
+        stopped: why it ended.
+        finished: False where the same command would go on.
+        wait_share: of this run's time, spent waiting for samples.
+        seconds: of this run.
+    """
+
+    weights: Path
+    epochs: int
+    steps: int
+    best: dict[str, float]
+    stopped: str
+    finished: bool
+    wait_share: float
+    seconds: float
+
+
+@dataclass
+class State:
+    """How far a training is."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_mse: float = math.inf
+    best_epoch: int = -1
+    ended: str = ""
+    epochs: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(training: Training, *, restart: bool = False, progress: Progress | None = None) -> Trained:
+    """Train a network, or go on with a training that was interrupted.
+
+    Args:
+        training: TRAIN.yaml, its store prepared.
+        restart: forget what ``training.out`` holds and start over.
+        progress: hears of each epoch.
+
+    Raises:
+        ConfigError: an unknown network, loss or split.
+        StoreMismatchError: no finished store, a store of other bands or estimates, an ``out`` that was trained otherwise.
+        RunError: a loss that is no number; the good state stays.
+    """
+    progress = progress or Silent()
+    if training.fit.threads:
+        torch.set_num_threads(training.fit.threads)
+    course = Course(training, restart=restart)
+    return course.run(progress)
+
+
+class Course:
+    """One training: its samples, network, optimiser and how far it is."""
+
+    def __init__(self, training: Training, *, restart: bool = False) -> None:
+        self.training, self.fit = training, training.fit
+        self.store = _checked_store(training)
+        self.parts = split_samples(self.store.samples, training.split, seed=training.seed)
+        torch.manual_seed(training.seed)
+        self.model = build_model(training)
+        self.fabric = _fabric(training)
+        self.fabric.launch()
+        self.net = self.fabric.setup_module(_Plain(self.model))
+        adam = torch.optim.Adam(self.model.parameters(), lr=self.fit.rate, weight_decay=self.fit.weight_decay)
+        self.optimizer = cast(Any, self.fabric.setup_optimizers(adam))
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        share = max(1, self.fit.batch // world)
+        self.order = Order(len(self.parts["train"]), share, seed=training.seed, rank=rank, world=world)
+        self.exam = Order(len(self.parts["validation"]), share, seed=None, rank=rank, world=world)
+        self.state = State()
+        self.waited = self.spent = 0.0
+        self._open(restart)
+
+    # -- the way ---------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Progress) -> Trained:
+        """Go through the epochs that are left."""
+        began, fit, state = time.perf_counter(), self.fit, self.state
+        train = self._loader("train", self.order, learn=True)
+        exam = self._loader("validation", self.exam, learn=False)
+        counts = ", ".join(f"{len(numbers)} {part}" for part, numbers in self.parts.items())
+        size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        progress.say(f"{counts} samples; {size:,} parameters; from epoch {state.epoch + 1} of {fit.epochs}")
+        progress.begin("epochs", fit.epochs)
+        if state.epoch:
+            progress.step(state.epoch)
+        stopped = state.ended
+        while not stopped and state.epoch < fit.epochs:
+            limit = math.inf if fit.max_minutes is None else began + 60 * fit.max_minutes
+            if not self._epoch(train, limit):
+                stopped = f"{fit.max_minutes:g} minutes are over"
+                break
+            row = self._examine(exam)
+            self._finish_epoch(row)
+            progress.step(1)
+            progress.say(_line(row, state))
+            if fit.patience is not None and state.epoch - 1 - state.best_epoch >= fit.patience:
+                stopped = state.ended = f"no better validation for {fit.patience} epochs"
+            self._save()
+        if not stopped:
+            stopped = state.ended = f"{fit.epochs} epochs done"
+        self._save()
+        if self.fabric.is_global_zero:
+            draw_curves(state.epochs, self.training.out / CURVES, title=self.training.name)
+        best = state.epochs[state.best_epoch] if state.epochs else {}
+        wait = self.waited / max(self.spent, 1e-9)
+        return Trained(
+            self.training.out / WEIGHTS,
+            state.epoch,
+            state.step,
+            best,
+            stopped,
+            bool(state.ended),
+            wait,
+            time.perf_counter() - began,
+        )
+
+    def _epoch(self, loader: DataLoader[Any], limit: float) -> bool:
+        """The rest of an epoch; False where time ran out."""
+        state, fit = self.state, self.fit
+        self.order.epoch, self.order.first = state.epoch, state.batch
+        for waited, lesson in timed(loader):
+            began = time.perf_counter()
+            loss = self._step(lesson)
+            state.step += 1
+            state.batch += 1
+            self.waited += waited
+            self.spent += waited + time.perf_counter() - began
+            self._log(STEPS, {"step": state.step, "epoch": state.epoch, "loss": loss, "rate": self._rate()})
+            if state.step % fit.checkpoint_steps == 0:
+                self._save()
+            if time.perf_counter() > limit:
+                self._save()
+                return state.batch >= len(self.order)
+        return True
+
+    def _step(self, lesson: Lesson) -> float:
+        """One step down; the loss before it.
+
+        Raises:
+            RunError: where the loss or its gradient is no number; the weights are left as they were.
+        """
+        torch.manual_seed(1_000_003 * self.training.seed + self.state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+        lesson = lesson.to(self.fabric.device)
+        self.net.train()
+        self.optimizer.zero_grad()
+        made = self._forward(lesson.given)
+        loss = self._loss(made, lesson)
+        if not torch.isfinite(loss):
+            raise self._nonsense(f"the loss is {float(loss)}", lesson)
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(self.net, self.optimizer, max_norm=self.fit.clip, error_if_nonfinite=False)
+        if norm is not None and not torch.isfinite(norm) and self._precision() != "16-mixed":
+            raise self._nonsense(f"the gradient's norm is {float(norm)}", lesson)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def _forward(self, given: Batch) -> Completed:
+        return Completed(**self.net({f.name: getattr(given, f.name) for f in fields(given)}))
+
+    def _loss(self, made: Completed, lesson: Lesson) -> Tensor:
+        error = torch.sqrt((made.image - lesson.truth) ** 2 + 1e-6) * lesson_weight(lesson, self.fit, self.paper)
+        return error.sum() / error.numel()
+
+    def _rate(self) -> float:
+        """Constant, then linear to 0 (Oehmcke et al. 2020, section 4.1.2)."""
+        total = self.fit.epochs * len(self.order)
+        start = self.fit.constant_share * total
+        left = (total - self.state.step) / max(total - start, 1)
+        return self.fit.rate * min(1.0, max(left, 0.0))
+
+    # -- how good it is --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _examine(self, loader: DataLoader[Any]) -> dict[str, float]:
+        """Errors on the validation samples' holes, of the network and of its prior."""
+        self.net.eval()
+        self.exam.epoch = self.exam.first = 0
+        sums = torch.zeros(6, dtype=torch.float64)  # squared error, its count, PSNR, SSIM, cases, prior's PSNR
+        for _, lesson in timed(loader):
+            there = lesson.to(self.fabric.device)
+            made = self._forward(undistorted(there.given)).image.float().cpu()
+            scored = exam_pixels(lesson, self.paper)
+            for truth, image, prior, where in zip(lesson.truth, made, lesson.given.prior, scored, strict=True):
+                sums += torch.tensor(scores(truth.numpy(), image.numpy(), prior.numpy(), where.numpy()))
+        total: Any = self.fabric.all_reduce(sums, reduce_op="sum")
+        squared, count, psnr, ssim, cases, prior = (float(v) for v in total)
+        row = {"epoch": float(self.state.epoch), "step": float(self.state.step), "mse": squared / max(count, 1)}
+        row |= {"psnr": psnr / max(cases, 1), "ssim": ssim / max(cases, 1), "prior_psnr": prior / max(cases, 1)}
+        gamma = _gamma(self.model)
+        recent = self._recent_loss()
+        return row | {"loss": recent, "gamma": gamma, "rate": self._rate()}
+
+    def _finish_epoch(self, row: dict[str, float]) -> None:
+        state = self.state
+        state.epochs.append(row)
+        self._log(EPOCHS, row)
+        if row["mse"] < state.best_mse:
+            state.best_mse, state.best_epoch = row["mse"], state.epoch
+            if self.fabric.is_global_zero:
+                weights.save(self.model, self.training.out / WEIGHTS, card=self._card(row))
+        state.epoch += 1
+        state.batch = 0
+
+    def _recent_loss(self) -> float:
+        rows = rows_of(self.training.out / STEPS)
+        own = [float(row["loss"]) for row in rows if int(row["epoch"]) == self.state.epoch]
+        return float(np.mean(own)) if own else math.nan
+
+    def _card(self, row: Mapping[str, float]) -> dict[str, Any]:
+        """What the weights say about themselves."""
+        training, places = self.training, {part: self._places(part) for part in self.parts}
+        return {
+            "name": training.name,
+            "bands": list(training.bands),
+            "data": {
+                "samples": {part: len(numbers) for part, numbers in self.parts.items()},
+                "places": places,
+                "sources": json.loads(training.model_dump_json(include={"sources", "cases"})),
+            },
+            "recipe": json.loads(training.model_dump_json(include={"model", "loss", "fit", "split"})),
+            "seed": training.seed,
+            "scores": dict(row),
+            "versions": {name: version(name) for name in ("cloudgate", "torch", "lightning")},
+        }
+
+    def _places(self, part: str) -> list[str]:
+        return sorted({self.store.samples[number].place for number in self.parts[part]})
+
+    # -- what is kept ----------------------------------------------------------------------------------------------
+
+    def _open(self, restart: bool) -> None:
+        """Take up what the folder holds, or begin."""
+        out, request = self.training.out, _request(self.training, self.store)
+        path = out / REQUEST
+        if restart:
+            for name in (REQUEST, STATE, STEPS, EPOCHS, WEIGHTS, CURVES):
+                (out / name).unlink(missing_ok=True)
+        if path.is_file():
+            there = json.loads(path.read_text())
+            other = sorted(name for name in request if there.get(name) != request[name])
+            if other:
+                raise StoreMismatchError(
+                    f"out: {out} holds a training with other {', '.join(other)}; name another folder, or start over "
+                    "with --restart"
+                )
+        write_whole(path, json.dumps(request, indent=1).encode())
+        if (out / STATE).is_file():
+            self._resume(out / STATE)
+        if self.fabric.is_global_zero:
+            cut(out / STEPS, "step", self.state.step)
+            cut(out / EPOCHS, "epoch", self.state.epoch - 1)
+
+    def _save(self) -> None:
+        """Write the state, whole or not at all."""
+        if not self.fabric.is_global_zero:
+            return
+        kept = {f.name: getattr(self.state, f.name) for f in fields(State)}
+        buffer = io.BytesIO()
+        torch.save(
+            {"state": kept, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
+            buffer,
+        )
+        write_whole(self.training.out / STATE, buffer.getvalue())
+
+    def _resume(self, path: Path) -> None:
+        try:
+            there = torch.load(path, map_location=self.fabric.device, weights_only=True)
+            self.model.load_state_dict(there["model"])
+            self.optimizer.load_state_dict(there["optimizer"])
+            self.state = State(**there["state"])
+        except Exception as error:
+            raise StoreMismatchError(
+                f"out: {path} cannot be read ({type(error).__name__}); start over with --restart"
+            ) from error
+
+    def _log(self, name: str, row: Mapping[str, float]) -> None:
+        if self.fabric.is_global_zero:
+            append(self.training.out / name, row)
+
+    def _nonsense(self, what: str, lesson: Lesson) -> RunError:
+        """The error that ends a training whose numbers went wrong; the last good state is written first."""
+        self._save()
+        return RunError(
+            f"training stopped at step {self.state.step + 1} (epoch {self.state.epoch + 1}): {what} on the batch of "
+            f"{', '.join(lesson.ids)}; the state before it is kept in {self.training.out / STATE}: look at these "
+            "samples, or lower fit.rate or fit.clip and start over with --restart"
+        )
+
+    # -- small parts -----------------------------------------------------------------------------------------------
+
+    @property
+    def paper(self) -> bool:
+        """Whether the samples are those of mode ``paper``."""
+        return bool(self.store.about["cases"]["mode"] == "paper")
+
+    def _precision(self) -> str:
+        return str(self.fabric._precision.precision)
+
+    def _loader(self, part: str, order: Order, *, learn: bool) -> DataLoader[Any]:
+        data = Patches(self.store, self.parts[part], seed=self.training.seed, fit=self.fit if learn else None)
+        return DataLoader(
+            data,
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=self.fit.loaders,
+            multiprocessing_context="spawn" if self.fit.loaders else None,
+            persistent_workers=self.fit.loaders > 0,
+        )
+
+
+class _Plain(nn.Module):
+    """The network with plain mappings as in- and output, which Fabric can convert and distribute."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = self.model(Batch(**given))
+        return {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) is not None}
+
+
+def build_model(training: Training) -> Model:
+    """The untrained network; one that is not shared over bands gets the training's bands."""
+    config = models.read_config(training.model)
+    if config.bands and config.bands != training.bands:
+        raise ConfigError(
+            f"model.bands: {', '.join(config.bands)} are not the training's bands {', '.join(training.bands)}; make "
+            "them the same, or leave model.bands out for weights shared over bands"
+        )
+    return models.build(config)
+
+
+def _gamma(model: nn.Module) -> float:
+    """The fusion network's scalar, NaN where there is none."""
+    found = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "gamma" and p.numel() == 1]
+    return float(found[-1].detach()) if found else math.nan
+
+
+def _fabric(training: Training) -> Fabric:
+    fit = training.fit
+    precision = fit.precision
+    if precision == "auto":
+        on_gpu = fit.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    try:
+        return Fabric(accelerator=fit.accelerator, devices=fit.devices, strategy=fit.strategy, precision=precision)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"fit: this machine cannot do accelerator {fit.accelerator}, devices {fit.devices}, "
+            f"strategy {fit.strategy}, precision {precision}: {error}"
+        ) from error
+
+
+def _checked_store(training: Training) -> Store:
+    store = open_store(training.store)
+    bands = tuple(store.about["bands"])
+    if bands != training.bands:
+        raise StoreMismatchError(
+            f"store: {training.store} holds {', '.join(bands)}, and bands are {', '.join(training.bands)}; prepare "
+            "another store, or make them the same"
+        )
+    for name, now in (("estimates", estimates.ESTIMATES), ("context", estimates.CONTEXT)):
+        if tuple(store.about[name]) != now:
+            raise StoreMismatchError(
+                f"store: {training.store} holds the {name} {', '.join(store.about[name])}, and this version gives "
+                f"{', '.join(now)}; prepare it again with `cloudgate train --prepare --restart`"
+            )
+    return store
+
+
+def _request(training: Training, store: Store) -> dict[str, Any]:
+    """What must stay the same for a training to go on."""
+    asked = json.loads(training.model_dump_json(include={"bands", "seed", "model", "loss", "split", "fit"}))
+    asked["fit"] = {name: value for name, value in asked["fit"].items() if name not in _FREE}
+    return {**asked, "store": store.about}
+
+
+def _line(row: Mapping[str, float], state: State) -> str:
+    gamma = "" if math.isnan(row["gamma"]) else f", gamma {row['gamma']:.4f}"
+    best = " (best so far)" if state.best_epoch == state.epoch - 1 else ""
+    return (
+        f"epoch {state.epoch}: loss {row['loss']:.5f}, validation PSNR {row['psnr']:.2f} dB (prior "
+        f"{row['prior_psnr']:.2f}), SSIM {row['ssim']:.4f}{gamma}{best}"
+    )

@@ -1,0 +1,169 @@
+"""Training: it goes on after a kill as if nothing had happened, says what went wrong, and its weights can be used."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import learning
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pupil import Pupil
+
+from pipeline.errors import ConfigError, RunError, StoreMismatchError
+from pipeline.learnfile import Fit
+from pipeline.models import weights
+from pipeline.prepare import prepare
+from pipeline.train import Course, train
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store."""
+    folder = tmp_path_factory.mktemp("train")
+    prepare(learning.training(folder))
+    return folder / "samples"
+
+
+def steps(out: Path) -> list[dict[str, str]]:
+    with (out / "steps.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_training_leaves_weights_log_and_curves(samples: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Listener:
+        def say(self, text: str) -> None:
+            told.append(text)
+
+        def begin(self, what: str, total: int) -> None:
+            told.append(f"{what} {total}")
+
+        def step(self, units: int, *, megabytes: float = 0.0) -> None:
+            pass
+
+    made = train(learning.training(tmp_path, store=str(samples)), progress=Listener())
+    assert made.finished
+    assert made.epochs == 3
+    assert made.stopped == "3 epochs done"
+    assert 0 < made.wait_share < 1
+    model, card = weights.load_model(made.weights), weights.card(made.weights)
+    assert isinstance(model, Pupil)
+    assert card["bands"] == ["blue", "nir"]
+    assert card["data"]["places"]["validation"] == ["sim-1003"]
+    assert card["scores"]["psnr"] == pytest.approx(made.best["psnr"])
+    rows = steps(made.weights.parent)
+    assert len(rows) == made.steps
+    rates = [float(row["rate"]) for row in rows]
+    assert rates[0] == rates[len(rates) // 2 - 1] == 1e-3
+    assert 0 < rates[-1] < 1e-3 / 3
+    with Image.open(made.weights.parent / "curves.png") as picture:
+        assert picture.width > 1000
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+    assert any("validation PSNR" in line for line in told)
+    # a finished training has nothing left to do
+    again = train(learning.training(tmp_path, store=str(samples)))
+    assert again.steps == made.steps
+
+
+def test_a_network_learns_and_the_best_epoch_is_kept(samples: Path, tmp_path: Path) -> None:
+    fit = {"epochs": 8, "batch": 8, "rate": 0.02, "threads": 1, "accelerator": "cpu"}
+    made = train(learning.training(tmp_path, store=str(samples), fit=fit))
+    with (made.weights.parent / "epochs.csv").open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    best = min(rows, key=lambda row: row["mse"])
+    assert made.best["epoch"] == best["epoch"]
+    assert best["psnr"] > best["prior_psnr"] + 0.02
+    assert weights.card(made.weights)["scores"]["mse"] == pytest.approx(best["mse"])
+
+
+def test_a_killed_training_takes_the_same_steps(samples: Path, tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = train(learning.training(tmp_path / "whole", store=str(samples)))
+    an_epoch = whole.steps // 3
+    out = tmp_path / "killed" / "model"
+    process = learning.start(tmp_path / "killed", store=str(samples))
+    deadline = time.monotonic() + 180
+    while not ((out / "steps.csv").exists() and len(steps(out)) > an_epoch + 2):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()  # type: ignore[union-attr]
+    state = torch.load(out / "state.pt", weights_only=True)["state"]
+    assert 0 < state["batch"] < an_epoch  # in mid-epoch
+    resumed = train(learning.training(tmp_path / "killed", store=str(samples)))
+    assert resumed.steps == whole.steps
+    assert steps(out) == steps(tmp_path / "whole" / "model")
+    assert weights.content_hash(resumed.weights) == weights.content_hash(whole.weights)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_good_state(samples: Path, tmp_path: Path) -> None:
+    poisoned = learning.training(tmp_path, store=str(samples), model={"name": "pupil", "poison": 25})
+    with pytest.raises(RunError, match=r"at step 26 .*: the loss is nan on the batch of sim-100\d/.*state before") as caught:
+        train(poisoned)
+    assert caught.value.exit_code == 1
+    state = torch.load(tmp_path / "model" / "state.pt", weights_only=True)
+    assert state["state"]["step"] == 25
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert weights.load_model(tmp_path / "model" / "weights.safetensors")
+
+
+def test_time_runs_out_and_the_same_command_goes_on(samples: Path, tmp_path: Path) -> None:
+    short = {"epochs": 3, "batch": 4, "threads": 1, "accelerator": "cpu"}
+    made = train(learning.training(tmp_path, store=str(samples), fit=short | {"max_minutes": 1e-6}))
+    assert not made.finished
+    assert made.steps == 1
+    made = train(learning.training(tmp_path, store=str(samples), fit=short))
+    assert made.finished
+
+
+def test_it_stops_early_where_nothing_gets_better(samples: Path, tmp_path: Path) -> None:
+    fit = {"epochs": 50, "batch": 16, "rate": 1e-12, "patience": 2, "threads": 1, "accelerator": "cpu"}
+    made = train(learning.training(tmp_path, store=str(samples), fit=fit))
+    assert made.epochs < 50
+    assert made.stopped == "no better validation for 2 epochs"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"model": {"name": "timegait"}}, ConfigError, "unknown network 'timegait'"),
+        ({"model": {"name": "pupil", "depth": 3}}, ConfigError, "model.depth"),
+        ({"model": {"name": "pupil", "bands": ["red", "nir"]}}, ConfigError, "are not the training's bands"),
+        ({"bands": ["red", "nir"]}, StoreMismatchError, "holds blue, nir, and bands are red, nir"),
+        ({"split": {"validation": ["sim-1"]}}, ConfigError, "there is no place 'sim-1'"),
+        ({"fit": {"accelerator": "abacus"}}, ConfigError, "fit: this machine cannot do accelerator abacus"),
+    ],
+)
+def test_bad_requests_are_refused_before_work(
+    samples: Path, tmp_path: Path, changes: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        Course(learning.training(tmp_path, store=str(samples), **changes))
+    assert not (tmp_path / "model").exists()
+
+
+def test_another_training_in_the_same_folder_is_refused(samples: Path, tmp_path: Path) -> None:
+    short = Fit(max_minutes=1e-6, threads=1, accelerator="cpu").model_dump()
+    train(learning.training(tmp_path, store=str(samples), fit=short))
+    with pytest.raises(StoreMismatchError, match="another folder, or start over with --restart"):
+        train(learning.training(tmp_path, store=str(samples), fit=short | {"rate": 0.1}))
+    made = train(learning.training(tmp_path, store=str(samples), fit=short | {"rate": 0.1}), restart=True)
+    assert made.steps == 1
+
+
+def test_training_needs_neither_gdal_nor_dask() -> None:
+    code = "import sys, pipeline.train; print(sorted({'rasterio', 'osgeo', 'dask', 'distributed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
