@@ -54,6 +54,7 @@ class Series:
         row0, col0: of [0, 0] on the lattice fixed to the CRS.
         core: rows and columns without margin; holes and scores lie here.
         truth: (T, B, H, W) uint16 codes without clouds, of simulated places; None of real ones.
+        surface: (T, B, H, W) uint16 codes of the ground alone, without sky, gain and noise, of simulated places.
         other: {variant: (T, H, W) uint8}, further masks such as the plain reading of SCL.
     """
 
@@ -68,6 +69,7 @@ class Series:
     core: tuple[slice, slice]
     truth: Codes | None
     other: dict[str, Bits]
+    surface: Codes | None = None
 
     @property
     def bad_share(self) -> NDArray[np.float64]:

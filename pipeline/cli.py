@@ -307,6 +307,31 @@ def train(
 
 
 @app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="EVAL.yaml, see tests/jobs/evaluate.yaml.", show_default=False)],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods and weights on series with known truth; writes tables, plots and pictures.
+
+    Example: [bold]cloudgate evaluate evaluate.yaml --set max_cases=10[/bold]
+    """
+    with _kind(debug):
+        from pipeline.evaluate import evaluate as score
+        from pipeline.learnfile import load_evaluation
+        from pipeline.progress import show_report, terminal
+
+        asked = load_evaluation(file, overrides=overrides or ())
+        with terminal(quiet=as_json) as progress:
+            report = score(asked, progress=progress)
+        if as_json:
+            _print_json({"summary": report.summary, "files": report.files})
+        else:
+            show_report(asked.name, asked.reference, report)
+
+
+@app.command()
 def doctor(
     catalog: Annotated[str | None, typer.Option(help="Also ask this catalog (profile or URL).")] = None,
     as_json: AsJson = False,

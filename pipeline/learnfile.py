@@ -145,6 +145,9 @@ class Fit(_Base):
     drop_looks: float = Field(0.5, ge=0, le=1, description="share of samples that lose looks, down to three (paper)")
     insert_target: float = Field(0.05, ge=0, le=1, description="share of samples with the target as a look (paper)")
     mask_target_clouds: bool = Field(False, description="leave the target's clouds out of the loss (paper)")
+    adversary: float = Field(
+        0.0, ge=0, description="weight of the Pix2Pix scheme's adversary beside the loss; 0 = none, usual is 0.01"
+    )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         "auto", description="auto: bf16-mixed on a GPU that has it, else 32-true"
     )
@@ -282,6 +285,10 @@ def _load[Asked: BaseModel](kind: type[Asked], path: Path | str, overrides: Sequ
             source["job"] = str(path.parent / source["job"])
         elif isinstance(source, dict) and isinstance(source.get("job"), dict):
             _from_folder(source["job"], path.parent)
+    for method in _list(data.get("methods")):
+        weights = method.get("weights") if isinstance(method, dict) else None
+        if isinstance(weights, str) and (path.parent / weights).is_file():
+            method["weights"] = str(path.parent / weights)
     try:
         return kind(**data)
     except ValidationError as error:

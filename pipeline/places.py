@@ -5,7 +5,7 @@ regression's windows need; a simulated place is drawn from its seed. GDAL and Da
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -23,7 +23,7 @@ from pipeline.learnfile import Simulated, Source, job_of
 from pipeline.phenology import SceneParams
 from pipeline.regression import HALO_PX
 from pipeline.request import Request, mask_params, resolve
-from pipeline.simulate import Observation, Region
+from pipeline.simulate import Region
 
 LEAST_LOOKS = 3
 
@@ -196,7 +196,7 @@ def simulated_place(name: str, spec: Simulated, seed: int, bands: Sequence[str])
     region = Region(params, seed)
     imperfect = np.random.default_rng([seed, 12]).random() < spec.scl_share
     looks = [region.observe(i, bands) for i in range(len(region.acquisitions))]
-    codes = np.stack([_on_grid(look, bands, region.shape) for look in looks])
+    codes = np.stack([_on_grid(look.reflectance, bands, region.shape) for look in looks])
     clean = [region.observe(i, bands, cloudy=False) for i in range(len(region.acquisitions))]
     days = np.array([look.day for look in looks], np.int32)
     void = (codes == 0).any(axis=1)
@@ -225,15 +225,18 @@ def simulated_place(name: str, spec: Simulated, seed: int, bands: Sequence[str])
         row0=-round(params.north_m / 10),
         col0=round(params.west_m / 10),
         core=(slice(0, params.height_px), slice(0, params.width_px)),
-        truth=np.stack([_on_grid(look, bands, region.shape) for look in clean]),
+        truth=np.stack([_on_grid(look.reflectance, bands, region.shape) for look in clean]),
         other={},
+        surface=np.stack(
+            [_on_grid({band: region.truth(int(d), band) for band in bands}, bands, region.shape) for d in days]
+        ),
     )
 
 
-def _on_grid(look: Observation, bands: Sequence[str], shape: tuple[int, int]) -> Codes:
+def _on_grid(native: Mapping[str, NDArray[np.float32]], bands: Sequence[str], shape: tuple[int, int]) -> Codes:
     """(B, H, W) codes at 10 m; 20 m bands by nearest neighbour."""
     out = np.empty((len(bands), *shape), np.uint16)
     for number, band in enumerate(bands):
-        values = to_codes(look.reflectance[band])
+        values = to_codes(native[band])
         out[number] = values if values.shape == shape else values.repeat(2, axis=0).repeat(2, axis=1)
     return out

@@ -205,3 +205,39 @@ def show_demo(result: Any) -> None:
         ("scenes", "COGs, STAC items, truth"),
     ):
         console.print(f"{result.folder / name}  {what}", highlight=False)
+
+
+def show_report(name: str, reference: str, report: Any) -> None:
+    """Print an evaluation: a table for each set, task and variant."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in report.summary:
+        groups.setdefault((row["set"], row["task"], row["variant"]), []).append(row)
+    for (place, task, variant), rows in groups.items():
+        what = "completing a date (task A)" if task == "complete" else "predicting a date (task B)"
+        shared = f"{rows[0]['cases']} cases on {rows[0]['dates']} dates"
+        table = _table(
+            f"{name}: {place}, {what}, {variant}; {shared}",
+            *("method", "PSNR (dB)", "median", "MAE", "SAM", "SSIM", "skill", f"vs {reference} (dB)", "in 90 %"),
+            "changed",
+        )
+        for row in rows:
+            gain = f"{row['gain']:+.2f} [{row['gain_low']:+.2f}, {row['gain_high']:+.2f}]"
+            gain = "0" if row["method"] == reference else gain if row["dates"] > 1 else f"{row['gain']:+.2f} (one date)"
+            numbers = (("psnr", ".2f"), ("psnr_median", ".2f"), ("mae", ".4f"), ("sam", ".2f"), ("ssim", ".4f"))
+            cells = [_cell(row[key], form) for key, form in (*numbers, ("skill", ".2f"))]
+            covered = "" if row["covered"] != row["covered"] else f"{100 * row['covered']:.1f} %"
+            table.add_row(row["method"], *cells, gain, covered, _cell(row["changed_psnr"], ".2f"))
+        console.print(table)
+    console.print(
+        "vs: mean of paired differences with its 95 % interval (bootstrap over dates); in 90 %: share of truth inside "
+        "the method's interval; changed: PSNR where the simulated ground changed in the gap",
+        highlight=False,
+    )
+    console.print(f"{report.files[-1].parent}: {len(report.files)} files (cases.csv, summary.csv, plots, pictures)")
+
+
+def _cell(value: float, form: str) -> str:
+    return "" if value != value else format(value, form)  # NaN is no number to show

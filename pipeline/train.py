@@ -13,26 +13,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from pipeline import estimates, models
+from pipeline import estimates
 from pipeline.curves import draw_curves
 from pipeline.errors import ConfigError, RunError, StoreMismatchError
-from pipeline.exam import exam_pixels, lesson_weight, scores, timed, undistorted
+from pipeline.exam import exam_pixels, scores, timed, undistorted
 from pipeline.learnfile import Training
 from pipeline.logs import append, cut, rows_of
 from pipeline.models import weights
-from pipeline.models.batch import Batch, Completed, Model
 from pipeline.objects import write_whole
 from pipeline.patches import Lesson, Order, Patches, collate
 from pipeline.report import Progress, Silent
 from pipeline.samples import Store, open_store, split_samples
+from pipeline.scheme import NotFiniteError, Scheme
 
 STATE: Final = "state.pt"
 REQUEST: Final = "training.json"
@@ -100,7 +100,7 @@ def train(training: Training, *, restart: bool = False, progress: Progress | Non
 
     Raises:
         ConfigError: an unknown network, loss or split.
-        StoreMismatchError: no finished store, a store of other bands or estimates, an ``out`` that was trained otherwise.
+        StoreMismatchError: no finished store, one of other bands or estimates, an ``out`` that was trained otherwise.
         RunError: a loss that is no number; the good state stays.
     """
     progress = progress or Silent()
@@ -117,13 +117,10 @@ class Course:
         self.training, self.fit = training, training.fit
         self.store = _checked_store(training)
         self.parts = split_samples(self.store.samples, training.split, seed=training.seed)
-        torch.manual_seed(training.seed)
-        self.model = build_model(training)
         self.fabric = _fabric(training)
         self.fabric.launch()
-        self.net = self.fabric.setup_module(_Plain(self.model))
-        adam = torch.optim.Adam(self.model.parameters(), lr=self.fit.rate, weight_decay=self.fit.weight_decay)
-        self.optimizer = cast(Any, self.fabric.setup_optimizers(adam))
+        self.scheme = Scheme(training, self.fabric, paper=self.paper)
+        self.model = self.scheme.model
         rank, world = self.fabric.global_rank, self.fabric.world_size
         share = max(1, self.fit.batch // world)
         self.order = Order(len(self.parts["train"]), share, seed=training.seed, rank=rank, world=world)
@@ -181,49 +178,23 @@ class Course:
         state, fit = self.state, self.fit
         self.order.epoch, self.order.first = state.epoch, state.batch
         for waited, lesson in timed(loader):
-            began = time.perf_counter()
-            loss = self._step(lesson)
+            began, rate = time.perf_counter(), self._rate()
+            torch.manual_seed(1_000_003 * self.training.seed + state.step)
+            try:
+                terms = self.scheme.step(lesson.to(self.fabric.device), rate=rate)
+            except NotFiniteError as error:
+                raise self._nonsense(str(error), lesson) from error
             state.step += 1
             state.batch += 1
             self.waited += waited
             self.spent += waited + time.perf_counter() - began
-            self._log(STEPS, {"step": state.step, "epoch": state.epoch, "loss": loss, "rate": self._rate()})
+            self._log(STEPS, {"step": state.step, "epoch": state.epoch, "rate": rate, **terms})
             if state.step % fit.checkpoint_steps == 0:
                 self._save()
             if time.perf_counter() > limit:
                 self._save()
                 return state.batch >= len(self.order)
         return True
-
-    def _step(self, lesson: Lesson) -> float:
-        """One step down; the loss before it.
-
-        Raises:
-            RunError: where the loss or its gradient is no number; the weights are left as they were.
-        """
-        torch.manual_seed(1_000_003 * self.training.seed + self.state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
-        lesson = lesson.to(self.fabric.device)
-        self.net.train()
-        self.optimizer.zero_grad()
-        made = self._forward(lesson.given)
-        loss = self._loss(made, lesson)
-        if not torch.isfinite(loss):
-            raise self._nonsense(f"the loss is {float(loss)}", lesson)
-        self.fabric.backward(loss)
-        norm = self.fabric.clip_gradients(self.net, self.optimizer, max_norm=self.fit.clip, error_if_nonfinite=False)
-        if norm is not None and not torch.isfinite(norm) and self._precision() != "16-mixed":
-            raise self._nonsense(f"the gradient's norm is {float(norm)}", lesson)
-        self.optimizer.step()
-        return float(loss.detach())
-
-    def _forward(self, given: Batch) -> Completed:
-        return Completed(**self.net({f.name: getattr(given, f.name) for f in fields(given)}))
-
-    def _loss(self, made: Completed, lesson: Lesson) -> Tensor:
-        error = torch.sqrt((made.image - lesson.truth) ** 2 + 1e-6) * lesson_weight(lesson, self.fit, self.paper)
-        return error.sum() / error.numel()
 
     def _rate(self) -> float:
         """Constant, then linear to 0 (Oehmcke et al. 2020, section 4.1.2)."""
@@ -237,12 +208,12 @@ class Course:
     @torch.no_grad()
     def _examine(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Errors on the validation samples' holes, of the network and of its prior."""
-        self.net.eval()
+        self.scheme.net.eval()
         self.exam.epoch = self.exam.first = 0
         sums = torch.zeros(6, dtype=torch.float64)  # squared error, its count, PSNR, SSIM, cases, prior's PSNR
         for _, lesson in timed(loader):
             there = lesson.to(self.fabric.device)
-            made = self._forward(undistorted(there.given)).image.float().cpu()
+            made = self.scheme.answer(undistorted(there.given)).image.float().cpu()
             scored = exam_pixels(lesson, self.paper)
             for truth, image, prior, where in zip(lesson.truth, made, lesson.given.prior, scored, strict=True):
                 sums += torch.tensor(scores(truth.numpy(), image.numpy(), prior.numpy(), where.numpy()))
@@ -320,17 +291,13 @@ class Course:
             return
         kept = {f.name: getattr(self.state, f.name) for f in fields(State)}
         buffer = io.BytesIO()
-        torch.save(
-            {"state": kept, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
-            buffer,
-        )
+        torch.save({"state": kept, **self.scheme.state_dict()}, buffer)
         write_whole(self.training.out / STATE, buffer.getvalue())
 
     def _resume(self, path: Path) -> None:
         try:
             there = torch.load(path, map_location=self.fabric.device, weights_only=True)
-            self.model.load_state_dict(there["model"])
-            self.optimizer.load_state_dict(there["optimizer"])
+            self.scheme.load_state_dict(there)
             self.state = State(**there["state"])
         except Exception as error:
             raise StoreMismatchError(
@@ -357,9 +324,6 @@ class Course:
         """Whether the samples are those of mode ``paper``."""
         return bool(self.store.about["cases"]["mode"] == "paper")
 
-    def _precision(self) -> str:
-        return str(self.fabric._precision.precision)
-
     def _loader(self, part: str, order: Order, *, learn: bool) -> DataLoader[Any]:
         data = Patches(self.store, self.parts[part], seed=self.training.seed, fit=self.fit if learn else None)
         return DataLoader(
@@ -370,29 +334,6 @@ class Course:
             multiprocessing_context="spawn" if self.fit.loaders else None,
             persistent_workers=self.fit.loaders > 0,
         )
-
-
-class _Plain(nn.Module):
-    """The network with plain mappings as in- and output, which Fabric can convert and distribute."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        made = self.model(Batch(**given))
-        return {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) is not None}
-
-
-def build_model(training: Training) -> Model:
-    """The untrained network; one that is not shared over bands gets the training's bands."""
-    config = models.read_config(training.model)
-    if config.bands and config.bands != training.bands:
-        raise ConfigError(
-            f"model.bands: {', '.join(config.bands)} are not the training's bands {', '.join(training.bands)}; make "
-            "them the same, or leave model.bands out for weights shared over bands"
-        )
-    return models.build(config)
 
 
 def _gamma(model: nn.Module) -> float:

@@ -11,6 +11,8 @@ from pipeline.models.batch import Batch, Completed, Model, ModelConfig
 
 class PupilConfig(ModelConfig):
     name: str = "pupil"
+    wrong: float = 0.0
+    """Added to every answer at the start; to be unlearned."""
     poison: int = -1
     """From this forward pass in training mode on, the answer is NaN."""
 
@@ -23,6 +25,7 @@ class Pupil(Model):
         self.config = config
         self.net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Mish(), nn.Conv2d(8, 1, 3, padding=1))
         self.gamma = nn.Parameter(torch.zeros(()))
+        self.offset = nn.Parameter(torch.tensor(config.wrong))
         self.passes = 0
 
     def forward(self, batch: Batch, *, with_weights: bool = False) -> Completed:
@@ -34,7 +37,7 @@ class Pupil(Model):
             step = step * torch.nan
         share = batch.steps[:, :, None, None, None] * torch.ones_like(batch.looks)
         weights = share / share.sum(dim=1, keepdim=True) if with_weights else None
-        return Completed(batch.prior + self.gamma * step * batch.scale, batch.prior, weights)
+        return Completed(batch.prior + self.offset + self.gamma * step * batch.scale, batch.prior, weights)
 
 
 models.NETWORKS["pupil"] = (PupilConfig, Pupil)

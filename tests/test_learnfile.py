@@ -78,7 +78,11 @@ def test_a_fault_of_an_evaluation_is_named(tmp_path: Path, changes: dict[str, An
 
 def test_inputs_are_taken_from_the_folder_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "items.json").write_text("{}")
-    job = {"catalog": "items.json", "area": {"bbox": [15, 46, 15.1, 46.1]}, "time": {"start": "2021-06-01", "end": "2021-07-01"}}
+    job = {
+        "catalog": "items.json",
+        "area": {"bbox": [15, 46, 15.1, 46.1]},
+        "time": {"start": "2021-06-01", "end": "2021-07-01"},
+    }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"bands": ["red"], "method": {"name": "median"}}))
     sources = [{"name": "inline", "job": job}, {"name": "file", "job": "job.yaml"}]
     training = load_training(written(tmp_path, TRAIN | {"sources": sources}), overrides=["bands=[B04, nir]"])

@@ -94,7 +94,7 @@ def test_edges_are_padded_not_dropped(tmp_path: Path) -> None:
     prepare(learning.training(tmp_path, sources=[spec], cases=rules))
     store = open_store(tmp_path / "samples")
     assert {sample.number % 4 for sample in store.samples} == {0, 1, 2, 3}
-    corner = [i for i, s in enumerate(store.samples) if s.number % 4 == 3][0]
+    corner = next(i for i, s in enumerate(store.samples) if s.number % 4 == 3)
     made = Patches(store, [corner], seed=0, fit=None)[(0, 0)]
     assert (made["truth"][:, 16:, :] == 0).all()
     assert (made["truth"][:, :16, :16] != 0).all()
@@ -225,7 +225,8 @@ def test_places_are_split_by_their_whole_name(store: Store) -> None:
     parts = split_samples(store.samples, Split(validation=("sim-1003",), test=("sim-1004",)), seed=0)
     assert_apart(store.samples, parts, gap_days=None)
     assert all(parts.values())
-    renamed = tuple(replace(s, place={"sim-1003": "sim-1", "sim-1004": "sim-11"}.get(s.place, s.place)) for s in store.samples)
+    other = {"sim-1003": "sim-1", "sim-1004": "sim-11"}
+    renamed = tuple(replace(s, place=other.get(s.place, s.place)) for s in store.samples)
     parts = split_samples(renamed, Split(validation=("sim-1",)), seed=0)
     assert {renamed[i].place for i in parts["validation"]} == {"sim-1"}
     assert "sim-11" in {renamed[i].place for i in parts["train"]}

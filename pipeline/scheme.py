@@ -1,0 +1,160 @@
+"""What a step of training does to the networks: in comes a lesson, out come moved weights and the loss.
+
+The network alone, or with the adversary of the Pix2Pix scheme (one step of each, in turn; the network alone is kept).
+Fabric wraps both, so that precision, devices and strategy are its business.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from lightning.fabric import Fabric
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from pipeline import models
+from pipeline.errors import ConfigError
+from pipeline.exam import lesson_weight
+from pipeline.jobfile import explain
+from pipeline.learnfile import Training
+from pipeline.models.batch import Batch, Completed, Model
+from pipeline.models.discriminator import BETAS, Discriminator, discriminator_loss, generator_loss
+from pipeline.models.losses import Loss, LossConfig
+from pipeline.patches import Lesson
+
+
+class NotFiniteError(Exception):
+    """The loss or a gradient is no number; no weight was moved by it."""
+
+
+class Scheme:
+    """The network, its optimiser, its loss and, where asked for, its adversary.
+
+    Raises:
+        ConfigError: an unknown network or loss, or options that do not fit the bands.
+    """
+
+    def __init__(self, training: Training, fabric: Fabric, *, paper: bool) -> None:
+        self.fit, self.fabric, self.paper = training.fit, fabric, paper
+        torch.manual_seed(training.seed)
+        self.model = build_model(training)
+        self.loss = _loss(training).to(fabric.device)
+        betas = BETAS if self.fit.adversary else (0.9, 0.999)
+        self.net = fabric.setup_module(_Plain(self.model))
+        self.optimizer = self._adam(self.model, betas)
+        self.judge: nn.Module | None = None
+        if self.fit.adversary:
+            self.judge = fabric.setup_module(_Judge(Discriminator(len(training.bands))))
+            self.judge_optimizer = self._adam(self.judge, betas)
+
+    def _adam(self, module: nn.Module, betas: tuple[float, float]) -> Any:
+        adam = torch.optim.Adam(module.parameters(), lr=self.fit.rate, weight_decay=self.fit.weight_decay, betas=betas)
+        return cast(Any, self.fabric.setup_optimizers(adam))
+
+    def step(self, lesson: Lesson, *, rate: float) -> dict[str, float]:
+        """One step down; the loss before it, and its terms.
+
+        Raises:
+            NotFiniteError: the loss or its gradient is no number; the network is left as it was.
+        """
+        self.net.train()
+        counts = lesson_weight(lesson, self.fit, self.paper)
+        made = self.answer(lesson.given)
+        loss, terms = self.loss(made, lesson.truth, counts, prior=lesson.given.prior)
+        known = ((lesson.hole + lesson.seen) > 0).float()
+        image = made.image.float()
+        if self.judge is not None:
+            fooled = self.judge(_mapping(lesson.given), lesson.truth, image, known, fool=True)
+            terms["adversary"] = fooled.detach()
+            loss = loss + self.fit.adversary * fooled
+        self._move(loss, self.net, self.optimizer, rate)
+        if self.judge is not None:
+            caught = self.judge(_mapping(lesson.given), lesson.truth, image.detach(), known, fool=False)
+            self._move(caught, self.judge, self.judge_optimizer, rate)
+        return {"loss": float(loss.detach())} | {name: float(value) for name, value in terms.items()}
+
+    def _move(self, loss: Tensor, net: nn.Module, optimizer: Any, rate: float) -> None:
+        if not torch.isfinite(loss):
+            raise NotFiniteError(f"the loss is {float(loss)}")
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(net, optimizer, max_norm=self.fit.clip, error_if_nonfinite=False)
+        # with 16-bit floats an overflow is usual: the scaler skips the step and lowers the scale
+        if norm is not None and not torch.isfinite(norm) and self.fit.precision != "16-mixed":
+            raise NotFiniteError(f"the gradient's norm is {float(norm)}")
+        optimizer.step()
+
+    def answer(self, given: Batch) -> Completed:
+        """The network's answer to a batch."""
+        return Completed(**self.net(_mapping(given)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a training needs to go on."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.judge is not None:
+            state |= {"judge": self.judge.state_dict(), "judge_optimizer": self.judge_optimizer.state_dict()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.judge is not None:
+            self.judge.load_state_dict(state["judge"])
+            self.judge_optimizer.load_state_dict(state["judge_optimizer"])
+
+
+class _Plain(nn.Module):
+    """The network with plain mappings as in- and output, which Fabric can convert and distribute."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = self.model(Batch(**given))
+        return {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) is not None}
+
+
+class _Judge(nn.Module):
+    """The adversary with both its losses, on plain mappings."""
+
+    def __init__(self, net: Discriminator) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, given: dict[str, Tensor], truth: Tensor, image: Tensor, known: Tensor, *, fool: bool) -> Tensor:
+        batch = Batch(**given)
+        if fool:
+            return generator_loss(self.net, batch, image, known)
+        return discriminator_loss(self.net, batch, truth, image, known)
+
+
+def _mapping(given: Batch) -> dict[str, Tensor]:
+    return {f.name: getattr(given, f.name) for f in fields(given)}
+
+
+def build_model(training: Training) -> Model:
+    """The untrained network.
+
+    Raises:
+        ConfigError: an unknown network or option, or one made for other bands than the training's.
+    """
+    config = models.read_config(training.model)
+    if config.bands and config.bands != training.bands:
+        raise ConfigError(
+            f"model.bands: {', '.join(config.bands)} are not the training's bands {', '.join(training.bands)}; make "
+            "them the same, or leave model.bands out for weights shared over bands"
+        )
+    return models.build(config)
+
+
+def _loss(training: Training) -> Loss:
+    try:
+        config = LossConfig.model_validate(training.loss)
+    except ValidationError as error:
+        raise ConfigError(explain(error, "loss", LossConfig)) from error
+    return Loss(config, training.bands)
