@@ -176,8 +176,11 @@ def _draw(
     """The group's plots and pictures."""
     stem = shown.replace(" ", "_").replace("+", "_")
     totals = {
-        m: (np.sum([a[m].by_gap for a in answers], axis=0), np.sum([a[m].by_looks for a in answers], axis=0))
-        for m in answers[0]
+        method: (
+            np.sum([a[method].by_gap for a in answers], axis=0),
+            np.sum([a[method].by_looks for a in answers], axis=0),
+        )
+        for method in answers[0]
     }
     offsets = {m: np.concatenate([a[m].offsets for a in answers]) for m in answers[0]}
     report.files += [

@@ -169,7 +169,7 @@ class Training(_Base):
     sources: tuple[Source, ...] = Field(min_length=1, description="where the samples come from")
     cases: Cases = Cases()
     split: Split = Split()
-    model: dict[str, Any] = Field({"name": "compact"}, description="name of a network and its options")
+    model: dict[str, Any] = Field({"name": "small"}, description="name of a network and its options")
     loss: dict[str, Any] = Field({}, description="what training minimises, see pipeline.models.losses")
     fit: Fit = Fit()
 

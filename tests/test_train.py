@@ -23,12 +23,14 @@ from pipeline.models import weights
 from pipeline.prepare import prepare
 from pipeline.train import Course, train
 
-CASES = {"patch_px": 64, "pastes": 1, "max_looks": 7, "target_max_bad": 0.2}
+CASES = {"patch_px": 64, "pastes": 2, "max_looks": 7, "target_max_bad": 0.3}
+SKY = {"cloud_fraction_mean": [0.3, 0.3]}
+SOURCES = [{"name": "sim", "simulate": {"seeds": 6, "size_px": 64, "dates": [9, 9], "vary": SKY}}]
 
 
 def training(folder: Path, **changes: Any) -> Training:
     """One sample a case."""
-    return learning.training(folder, **({"cases": CASES} | changes))
+    return learning.training(folder, **({"cases": CASES, "sources": SOURCES} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_a_killed_training_takes_the_same_steps(samples: Path, tmp_path: Path) -
     whole = train(training(tmp_path / "whole", store=str(samples)))
     an_epoch = whole.steps // 3
     out = tmp_path / "killed" / "model"
-    process = learning.start(tmp_path / "killed", store=str(samples), cases=CASES)
+    process = learning.start(tmp_path / "killed", store=str(samples), cases=CASES, sources=SOURCES)
     deadline = time.monotonic() + 180
     while not ((out / "steps.csv").exists() and len(steps(out)) > an_epoch):
         assert process.poll() is None, process.communicate()[0]
