@@ -10,6 +10,7 @@ The way of the data, one file per step::
     lazy.compose       many looks to one value and where it comes from (composite, regression)
     mosaic.build       the same, task by task on a Dask cluster, into a Zarr store
     store.open_mosaic  the finished mosaic as plain xarray
+    view.explore       the same as a map page
 
 Public names are imported on first use, so ``import pipeline`` is quick.
 """
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from pipeline.mask import cloud_mask
     from pipeline.mosaic import build
     from pipeline.store import open_mosaic
+    from pipeline.view import explore
 
 _HOMES = {
     "build": "pipeline.mosaic",
     "cloud_mask": "pipeline.mask",
     "compose": "pipeline.lazy",
+    "explore": "pipeline.view",
     "fill_series": "pipeline.lazy",
     "grid_for": "pipeline.lazy",
     "harmonise": "pipeline.lazy",
@@ -42,6 +45,7 @@ __all__ = [
     "build",
     "cloud_mask",
     "compose",
+    "explore",
     "fill_series",
     "grid_for",
     "harmonise",

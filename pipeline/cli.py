@@ -260,6 +260,36 @@ def preview(
 
 
 @app.command()
+def view(
+    stores: Annotated[list[Path], typer.Argument(help="Zarr stores of finished mosaics, in one CRS.")],
+    port: Annotated[
+        int | None, typer.Option(help="Port on this machine; default 8765 or, if that is busy, a free one.")
+    ] = None,
+    at: Annotated[str | None, typer.Option(help="Begin at LONGITUDE,LATITUDE, at full resolution.")] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a map page: zoom, bands and indices, before and after, provenance, and any pixel through time.
+
+    It listens on this machine only, needs no network, and runs until Ctrl-C.
+
+    Example: [bold]cloudgate view out/graz.zarr out/graz-median.zarr[/bold]
+    """
+    with _kind(debug):
+        from pipeline.view import serve
+
+        def ready(url: str, opened: bool) -> None:
+            if as_json:
+                print(json.dumps({"url": url}), flush=True)
+                return
+            there = "" if opened or not browser else "; there is no browser here, so open that address in one"
+            print(f"{', '.join(map(str, stores))}: shown at {url}{there}. Ctrl-C ends it.", flush=True)
+
+        serve(stores, port=port, at=at, browser=browser and not as_json, ready=ready)
+
+
+@app.command()
 def doctor(
     catalog: Annotated[str | None, typer.Option(help="Also ask this catalog (profile or URL).")] = None,
     as_json: AsJson = False,
