@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.jobfile import load_job
     from pipeline.lazy import compose, fill_series, grid_for, harmonise, open_cube
     from pipeline.mask import cloud_mask
-    from pipeline.mosaic import build
+    from pipeline.mosaic import build, plan
     from pipeline.store import open_mosaic
     from pipeline.view import explore
 
@@ -38,6 +38,7 @@ _HOMES = {
     "load_job": "pipeline.jobfile",
     "open_cube": "pipeline.lazy",
     "open_mosaic": "pipeline.store",
+    "plan": "pipeline.mosaic",
     "search": "pipeline.catalog",
 }
 
@@ -52,6 +53,7 @@ __all__ = [
     "load_job",
     "open_cube",
     "open_mosaic",
+    "plan",
     "search",
 ]
 

@@ -187,7 +187,7 @@ def plan(
         from pipeline.mosaic import plan as make_plan
         from pipeline.progress import show_plan
 
-        made = make_plan(load_job(job, overrides=overrides or (), store=out), scouting=scout)
+        made = make_plan(job=load_job(job, overrides=overrides or (), store=out), scouting=scout)
         if as_json:
             _print_json({**made.__dict__, "grid": made.grid.to_dict()})
         else:

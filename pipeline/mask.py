@@ -255,7 +255,7 @@ def _checked_bits(
         np.bitwise_or(out, bright.view(np.uint8), out=out)
         np.bitwise_or(out, np.left_shift(dark.view(np.uint8), np.uint8(1)), out=out)
     if rejected is not None:
-        out[rejected] |= np.uint8(_CLOUD_BIT)
+        out[rejected] |= np.uint8(CLOUD_BIT)
     return out
 
 

@@ -55,11 +55,15 @@ class Summary:
     seconds: float = 0.0
 
 
-def plan(job: Job, *, scouting: bool = True) -> Plan:
+def plan(*, job: Job, scouting: bool = True) -> Plan:
     """What a job would do, without doing it: periods, tasks, scenes, bytes, memory, and what the scout decided.
 
+    Args:
+        job: see ``load_job``.
+        scouting: look at the scenes coarsely, to decide offsets and anchors.
+
     Raises:
-        As ``build``, before any work.
+        RequestError: as ``build``, before any work. CatalogError: if the catalog does not answer.
     """
     request = resolve(job)
     out = Plan.of(request.grid, request.found)
