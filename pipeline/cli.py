@@ -1,5 +1,6 @@
 """The command line: thin. In come arguments, out come calls of the Python API, and errors as one kind paragraph."""
 
+import json
 import sys
 from datetime import date
 from pathlib import Path
