@@ -291,6 +291,48 @@ def view(
 
 
 @app.command()
+def export(
+    store: Annotated[str, typer.Argument(help="Zarr store of a finished mosaic.")],
+    cog: Annotated[Path | None, typer.Option(help="Folder to write Cloud-Optimized GeoTIFFs to, one a layer.")] = None,
+    bands: Annotated[str | None, typer.Option(help="Bands or layers with commas; default: all.")] = None,
+    period: Annotated[
+        str | None, typer.Option(help="One finished period: its number from 0 (-1 is the last) or a day; default: all.")
+    ] = None,
+    overviews: Annotated[
+        bool, typer.Option("--overviews", help="Add the overviews a store was written without.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes that make overviews.")] = 2,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write Cloud-Optimized GeoTIFFs of a mosaic for QGIS and GDAL, or add overviews to its store.
+
+    Example: [bold]cloudgate export out/graz.zarr --cog out/graz-tif --bands red,green,blue --period 2023-08-15[/bold]
+    """
+    with _kind(debug):
+        from pipeline.export import export_cogs
+        from pipeline.mosaic import complete_overviews
+        from pipeline.progress import terminal
+
+        if cog is None and not overviews:
+            raise ConfigError("export: say what to write: --cog FOLDER, or --overviews")
+        levels, files = None, []
+        with terminal(quiet=as_json) as progress:
+            if overviews:
+                levels = complete_overviews(store=store, workers=workers, progress=progress)
+        if cog is not None:
+            names = None if bands is None else [name.strip() for name in bands.split(",") if name.strip()]
+            files = export_cogs(store=store, out=cog, bands=names, period=period)
+        if as_json:
+            _print_json({"files": files, "levels": levels})
+            return
+        if levels is not None:
+            print(f"{store}: levels 0 to {levels}")
+        for file in files:
+            print(file)
+
+
+@app.command()
 def doctor(
     catalog: Annotated[str | None, typer.Option(help="Also ask this catalog (profile or URL).")] = None,
     as_json: AsJson = False,

@@ -1,11 +1,12 @@
-"""Cloud-Optimized GeoTIFFs for QGIS and GDAL: in come layers of a mosaic, out comes one file a layer with the same numbers.
+"""Cloud-Optimized GeoTIFFs for QGIS and GDAL: in come layers of a mosaic, out come files, one a layer, same numbers.
 
-A layer is copied window by window into a plain GeoTIFF beside the target, which GDAL's COG driver then turns into blocks
-and overviews; neither step holds a layer in memory. A small VRT puts three bands together as a colour picture.
+A layer is copied window by window into a plain GeoTIFF beside the target, which GDAL's COG driver then turns into
+blocks and overviews; neither step holds a layer in memory. A small VRT puts three bands together as a colour picture.
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 from xml.sax.saxutils import escape
@@ -16,6 +17,7 @@ from rasterio.errors import RasterioError
 from rasterio.shutil import copy as gdal_copy
 from rasterio.windows import Window
 
+from pipeline.bands import CODE_OFFSET, CODE_SCALE
 from pipeline.errors import StoreError
 from pipeline.grid import Grid
 from pipeline.layers import LayerSpec
@@ -30,8 +32,8 @@ _CACHE_BYTES: Final = 256 * 2**20
 def write_cog(store: str, grid: Grid, slot: int, name: str, spec: LayerSpec, out: Path) -> None:
     """Write one layer of one period as a Cloud-Optimized GeoTIFF; an existing file is replaced when the new is whole.
 
-    The numbers are the store's own, with ``scale``, ``offset`` and ``nodata`` as GDAL's metadata. Overviews are averages
-    for reflectance and sigma, majorities for classes.
+    The numbers are the store's own, with ``scale``, ``offset`` and ``nodata`` as GDAL's metadata. Overviews are
+    averages for reflectance and sigma, majorities for classes.
 
     Args:
         store: the mosaic.
@@ -88,10 +90,13 @@ def write_cog(store: str, grid: Grid, slot: int, name: str, spec: LayerSpec, out
             )
         partial.replace(out)
     except (OSError, RasterioError) as error:
-        raise StoreError(f"export: cannot write {out}: {error}; free space or check permissions, then run again") from error
+        raise StoreError(
+            f"export: cannot write {out}: {error}; free space or check permissions, then run again"
+        ) from error
     finally:
-        whole.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
+        for rest in (whole, partial):
+            with suppress(OSError):
+                rest.unlink()
 
 
 def _windows(grid: Grid) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -104,13 +109,12 @@ def _windows(grid: Grid) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     ]
 
 
-def write_colour_vrt(files: Sequence[Path], grid: Grid, out: Path, stretch: tuple[int, int] = (1000, 4000)) -> None:
+def write_colour_vrt(files: Sequence[Path], grid: Grid, out: Path) -> None:
     """Write a VRT of three COGs that opens as a colour picture; the files are named relative to it."""
     left, top, side = grid.left, grid.top, grid.resolution_m
     bands = "".join(
-        f'<VRTRasterBand dataType="UInt16" band="{number}"><NoDataValue>0</NoDataValue><ColorInterp>{colour}</ColorInterp>'
-        f"<Offset>-0.1</Offset><Scale>0.0001</Scale>"
-        f'<Metadata><MDI key="STATISTICS_MINIMUM">{stretch[0]}</MDI><MDI key="STATISTICS_MAXIMUM">{stretch[1]}</MDI></Metadata>'
+        f'<VRTRasterBand dataType="UInt16" band="{number}"><NoDataValue>0</NoDataValue>'
+        f"<ColorInterp>{colour}</ColorInterp><Offset>{-CODE_OFFSET * CODE_SCALE}</Offset><Scale>{CODE_SCALE}</Scale>"
         f'<SimpleSource><SourceFilename relativeToVRT="1">{escape(file.name)}</SourceFilename>'
         f"<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>"
         for number, (file, colour) in enumerate(zip(files, ("Red", "Green", "Blue"), strict=True), 1)

@@ -281,6 +281,7 @@ class Output(_Base):
     overviews: bool = Field(
         True, description="write coarser levels too, down to 256 px; a store that has them keeps having them"
     )
+    cog: bool = Field(False, description="write Cloud-Optimized GeoTIFFs of each period too, into NAME.cog/")
 
 
 class Cluster(_Base):

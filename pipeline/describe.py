@@ -1,6 +1,6 @@
-"""STAC of the result: in comes a published store, out come a Collection and one Item per finished period in ``NAME.stac/``.
+"""STAC of the result: in comes a published store, out comes ``NAME.stac/``, a Collection and an Item a finished period.
 
-STAC 1.1 with projection, raster and eo in ``bands``, processing, zarr, render, and ``derived_from`` links to the scenes.
+STAC 1.1 with projection, raster and eo in ``bands``, processing, zarr, render, ``derived_from`` links to the scenes.
 All hrefs are relative, so store, ``NAME.stac`` and ``NAME.cog`` can be moved together. The same store gives the same
 bytes. `cloudgate search` and jobs take the folder as a catalog; pixels are read from it where there are COGs.
 """
@@ -250,7 +250,7 @@ def stac_collection(attrs: Mapping[str, Any], *, uncertainty: bool) -> dict[str,
         "stac_extensions": sorted(EXTENSIONS[name] for name in ("raster", "eo", "processing")),
         "id": _slug(attrs),
         "title": title,
-        "description": f"{title}: cloud-free Sentinel-2 mosaics, one Item per period, with the provenance of every pixel",
+        "description": f"{title}: cloud-free Sentinel-2 mosaics, one Item a period, with the provenance of every pixel",
         "keywords": ["Sentinel-2", "mosaic", "cloud-free", "surface reflectance"],
         "license": "other",
         "providers": [
