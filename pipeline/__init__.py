@@ -11,6 +11,7 @@ The way of the data, one file per step::
     mosaic.build       the same, task by task on a Dask cluster, into a Zarr store
     store.open_mosaic  the finished mosaic as plain xarray
     view.explore       the same as a map page
+    tick.tick          what is due of a schedule, period by period
 
 Public names are imported on first use, so ``import pipeline`` is quick.
 """
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     from pipeline.lazy import compose, fill_series, grid_for, harmonise, open_cube
     from pipeline.mask import cloud_mask
     from pipeline.mosaic import build, plan
+    from pipeline.schedule import load_schedule
     from pipeline.store import open_mosaic
+    from pipeline.tick import backfill, tick
     from pipeline.view import explore
 
 _HOMES = {
+    "backfill": "pipeline.tick",
     "build": "pipeline.mosaic",
     "cloud_mask": "pipeline.mask",
     "compose": "pipeline.lazy",
@@ -36,13 +40,16 @@ _HOMES = {
     "grid_for": "pipeline.lazy",
     "harmonise": "pipeline.lazy",
     "load_job": "pipeline.jobfile",
+    "load_schedule": "pipeline.schedule",
     "open_cube": "pipeline.lazy",
     "open_mosaic": "pipeline.store",
     "plan": "pipeline.mosaic",
     "search": "pipeline.catalog",
+    "tick": "pipeline.tick",
 }
 
 __all__ = [
+    "backfill",
     "build",
     "cloud_mask",
     "compose",
@@ -51,10 +58,12 @@ __all__ = [
     "grid_for",
     "harmonise",
     "load_job",
+    "load_schedule",
     "open_cube",
     "open_mosaic",
     "plan",
     "search",
+    "tick",
 ]
 
 
