@@ -335,18 +335,21 @@ def export(
 @app.command()
 def doctor(
     catalog: Annotated[str | None, typer.Option(help="Also ask this catalog (profile or URL).")] = None,
+    job: Annotated[
+        Path | None, typer.Option(help="Also check what this job or schedule needs: catalog, keys, store, cluster.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check this installation: libraries, GDAL, memory, cores, a test read and write; and say what to do.
 
-    Example: [bold]cloudgate doctor --catalog earth-search[/bold]
+    Example: [bold]cloudgate doctor --catalog earth-search --job job.yaml[/bold]
     """
     with _kind(debug):
         from pipeline.doctor import check
         from pipeline.progress import show_checks
 
-        checks = check(catalog=catalog)
+        checks = check(catalog=catalog, job=job)
         if as_json:
             _print_json([c.__dict__ for c in checks])
         else:
