@@ -247,7 +247,9 @@ def status(
 def preview(
     store: Annotated[Path, typer.Argument(help="Zarr store of a finished mosaic.")],
     out: Annotated[Path | None, typer.Option(help="PNG to write; default: beside the store.")] = None,
-    period: Annotated[int, typer.Option(help="Which finished period, counted from 0; -1 is the last.")] = -1,
+    period: Annotated[str, typer.Option(help="Finished period: its number from 0 (-1 is the last) or a day.")] = "-1",
+    animate: Annotated[bool, typer.Option("--animate", help="All periods one after the other (animated PNG).")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="All periods side by side.")] = False,
     debug: Debug = False,
 ) -> None:
     """Make one picture that explains a mosaic: before, after, clear looks, source date, flags.
@@ -256,8 +258,15 @@ def preview(
     """
     with _kind(debug):
         from pipeline.preview import preview as draw
+        from pipeline.preview import series
 
-        print(draw(store=store, out=out or store.with_suffix(".preview.png"), period=period))
+        if animate and sheet:
+            raise ConfigError("preview: --animate and --sheet exclude each other; take one")
+        target = out or store.with_suffix(".series.png" if animate or sheet else ".preview.png")
+        if animate or sheet:
+            print(series(store=store, out=target, sheet=sheet))
+        else:
+            print(draw(store=store, out=target, period=period))
 
 
 @app.command()
