@@ -10,6 +10,8 @@ The way of the data, one file per step::
     lazy.compose       many looks to one value and where it comes from (composite, regression)
     mosaic.build       the same, task by task on a Dask cluster, into a Zarr store
     store.open_mosaic  the finished mosaic as plain xarray
+    view.explore       the same as a map page
+    tick.tick          what is due of a schedule, period by period
 
 Public names are imported on first use, so ``import pipeline`` is quick.
 """
@@ -22,33 +24,46 @@ if TYPE_CHECKING:
     from pipeline.jobfile import load_job
     from pipeline.lazy import compose, fill_series, grid_for, harmonise, open_cube
     from pipeline.mask import cloud_mask
-    from pipeline.mosaic import build
+    from pipeline.mosaic import build, plan
+    from pipeline.schedule import load_schedule
     from pipeline.store import open_mosaic
+    from pipeline.tick import backfill, tick
+    from pipeline.view import explore
 
 _HOMES = {
+    "backfill": "pipeline.tick",
     "build": "pipeline.mosaic",
     "cloud_mask": "pipeline.mask",
     "compose": "pipeline.lazy",
+    "explore": "pipeline.view",
     "fill_series": "pipeline.lazy",
     "grid_for": "pipeline.lazy",
     "harmonise": "pipeline.lazy",
     "load_job": "pipeline.jobfile",
+    "load_schedule": "pipeline.schedule",
     "open_cube": "pipeline.lazy",
     "open_mosaic": "pipeline.store",
+    "plan": "pipeline.mosaic",
     "search": "pipeline.catalog",
+    "tick": "pipeline.tick",
 }
 
 __all__ = [
+    "backfill",
     "build",
     "cloud_mask",
     "compose",
+    "explore",
     "fill_series",
     "grid_for",
     "harmonise",
     "load_job",
+    "load_schedule",
     "open_cube",
     "open_mosaic",
+    "plan",
     "search",
+    "tick",
 ]
 
 

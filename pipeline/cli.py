@@ -1,5 +1,6 @@
 """The command line: thin. In come arguments, out come calls of the Python API, and errors as one kind paragraph."""
 
+import json
 import sys
 from datetime import date
 from pathlib import Path
@@ -187,7 +188,7 @@ def plan(
         from pipeline.mosaic import plan as make_plan
         from pipeline.progress import show_plan
 
-        made = make_plan(load_job(job, overrides=overrides or (), store=out), scouting=scout)
+        made = make_plan(job=load_job(job, overrides=overrides or (), store=out), scouting=scout)
         if as_json:
             _print_json({**made.__dict__, "grid": made.grid.to_dict()})
         else:
@@ -246,7 +247,9 @@ def status(
 def preview(
     store: Annotated[Path, typer.Argument(help="Zarr store of a finished mosaic.")],
     out: Annotated[Path | None, typer.Option(help="PNG to write; default: beside the store.")] = None,
-    period: Annotated[int, typer.Option(help="Which finished period, counted from 0; -1 is the last.")] = -1,
+    period: Annotated[str, typer.Option(help="Finished period: its number from 0 (-1 is the last) or a day.")] = "-1",
+    animate: Annotated[bool, typer.Option("--animate", help="All periods one after the other (animated PNG).")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="All periods side by side.")] = False,
     debug: Debug = False,
 ) -> None:
     """Make one picture that explains a mosaic: before, after, clear looks, source date, flags.
@@ -255,8 +258,87 @@ def preview(
     """
     with _kind(debug):
         from pipeline.preview import preview as draw
+        from pipeline.preview import series
 
-        print(draw(store=store, out=out or store.with_suffix(".preview.png"), period=period))
+        if animate and sheet:
+            raise ConfigError("preview: --animate and --sheet exclude each other; take one")
+        target = out or store.with_suffix(".series.png" if animate or sheet else ".preview.png")
+        if animate or sheet:
+            print(series(store=store, out=target, sheet=sheet))
+        else:
+            print(draw(store=store, out=target, period=period))
+
+
+@app.command()
+def view(
+    stores: Annotated[list[Path], typer.Argument(help="Zarr stores of finished mosaics, in one CRS.")],
+    port: Annotated[
+        int | None, typer.Option(help="Port on this machine; default 8765 or, if that is busy, a free one.")
+    ] = None,
+    at: Annotated[str | None, typer.Option(help="Begin at LONGITUDE,LATITUDE, at full resolution.")] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a map page: zoom, bands and indices, before and after, provenance, and any pixel through time.
+
+    It listens on this machine only, needs no network, and runs until Ctrl-C.
+
+    Example: [bold]cloudgate view out/graz.zarr out/graz-median.zarr[/bold]
+    """
+    with _kind(debug):
+        from pipeline.view import serve
+
+        def ready(url: str, opened: bool) -> None:
+            if as_json:
+                print(json.dumps({"url": url}), flush=True)
+                return
+            there = "" if opened or not browser else "; there is no browser here, so open that address in one"
+            print(f"{', '.join(map(str, stores))}: shown at {url}{there}. Ctrl-C ends it.", flush=True)
+
+        serve(stores, port=port, at=at, browser=browser and not as_json, ready=ready)
+
+
+@app.command()
+def export(
+    store: Annotated[str, typer.Argument(help="Zarr store of a finished mosaic.")],
+    cog: Annotated[Path | None, typer.Option(help="Folder to write Cloud-Optimized GeoTIFFs to, one a layer.")] = None,
+    bands: Annotated[str | None, typer.Option(help="Bands or layers with commas; default: all.")] = None,
+    period: Annotated[
+        str | None, typer.Option(help="One finished period: its number from 0 (-1 is the last) or a day; default: all.")
+    ] = None,
+    overviews: Annotated[
+        bool, typer.Option("--overviews", help="Add the overviews a store was written without.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes that make overviews.")] = 2,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write Cloud-Optimized GeoTIFFs of a mosaic for QGIS and GDAL, or add overviews to its store.
+
+    Example: [bold]cloudgate export out/graz.zarr --cog out/graz-tif --bands red,green,blue --period 2023-08-15[/bold]
+    """
+    with _kind(debug):
+        from pipeline.export import export_cogs
+        from pipeline.mosaic import complete_overviews
+        from pipeline.progress import terminal
+
+        if cog is None and not overviews:
+            raise ConfigError("export: say what to write: --cog FOLDER, or --overviews")
+        levels, files = None, []
+        with terminal(quiet=as_json) as progress:
+            if overviews:
+                levels = complete_overviews(store=store, workers=workers, progress=progress)
+        if cog is not None:
+            names = None if bands is None else [name.strip() for name in bands.split(",") if name.strip()]
+            files = export_cogs(store=store, out=cog, bands=names, period=period)
+        if as_json:
+            _print_json({"files": files, "levels": levels})
+            return
+        if levels is not None:
+            print(f"{store}: levels 0 to {levels}")
+        for file in files:
+            print(file)
 
 
 @app.command()
@@ -334,18 +416,21 @@ def evaluate(
 @app.command()
 def doctor(
     catalog: Annotated[str | None, typer.Option(help="Also ask this catalog (profile or URL).")] = None,
+    job: Annotated[
+        Path | None, typer.Option(help="Also check what this job or schedule needs: catalog, keys, store, cluster.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check this installation: libraries, GDAL, memory, cores, a test read and write; and say what to do.
 
-    Example: [bold]cloudgate doctor --catalog earth-search[/bold]
+    Example: [bold]cloudgate doctor --catalog earth-search --job job.yaml[/bold]
     """
     with _kind(debug):
         from pipeline.doctor import check
         from pipeline.progress import show_checks
 
-        checks = check(catalog=catalog)
+        checks = check(catalog=catalog, job=job)
         if as_json:
             _print_json([c.__dict__ for c in checks])
         else:

@@ -20,6 +20,7 @@ from pydantic import (
 from pipeline.bands import check_bands
 from pipeline.errors import ConfigError
 from pipeline.profiles import MaskRule
+from pipeline.tables import table_html
 
 CALENDAR = ("month", "quarter", "year", "10 days", "week")
 """Lengths of periods by name; anything else is a cron expression."""
@@ -280,6 +281,7 @@ class Output(_Base):
     overviews: bool = Field(
         True, description="write coarser levels too, down to 256 px; a store that has them keeps having them"
     )
+    cog: bool = Field(False, description="write Cloud-Optimized GeoTIFFs of each period too, into NAME.cog/")
 
 
 class Cluster(_Base):
@@ -328,6 +330,15 @@ class Job(_Base):
     output: Output = Output()
     cluster: Cluster = Cluster()
     limits: Limits = Limits()
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what is asked for, and of the rest only what differs from the defaults."""
+        always = ("catalog", "area", "bands", "time", "target", "method")
+        shown = self.model_dump(mode="json", exclude_defaults=True, exclude={"name", "method"})
+        rest = self.model_dump(mode="json", include=set(always), exclude_none=True)
+        rest["method"] = {"name": self.method.name, **self.method.options}
+        ordered = {name: shown.get(name, rest[name]) for name in always} | shown | {"area": rest["area"]}
+        return table_html(f"Job {self.name}", ordered)
 
     @field_validator("bands", mode="after")
     @classmethod

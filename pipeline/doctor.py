@@ -1,11 +1,13 @@
-"""Is this machine fit? In comes nothing but the environment, out come checks with what to do."""
+"""Is this machine fit? In come the environment and perhaps a job, out come checks with what to do."""
 
 import importlib.metadata
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import psutil
@@ -13,10 +15,26 @@ import rasterio
 import zarr
 from rasterio.transform import from_origin
 
+from pipeline.block import check_method
+from pipeline.cluster import connect
+from pipeline.config import Job
 from pipeline.errors import CloudgateError
+from pipeline.jobfile import load_job, read_yaml
+from pipeline.objects import FileObjects
 from pipeline.profiles import load_profile, profile_names
+from pipeline.records import RunFolder
+from pipeline.schedule import load_schedule
 from pipeline.stac import ItemApi, open_source
 
+KEYS = {
+    "s3-keys": (
+        ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
+        "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    ),
+    "earthdata": (("EARTHDATA_TOKEN",), "export EARTHDATA_TOKEN, or write ~/.netrc for urs.earthdata.nasa.gov"),
+    "planetary-computer": (("PC_SDK_SUBSCRIPTION_KEY",), "a key is not needed, but raises the limits"),
+}
+"""Per kind of access: variables of which one must be set, and what to do."""
 LIBRARIES = (
     "xarray",
     "dask",
@@ -41,8 +59,14 @@ class Check:
     advice: str = ""
 
 
-def check(*, catalog: str | None = None) -> list[Check]:
-    """Run all checks; ``catalog`` (profile name or URL) is asked over the network as well."""
+def check(*, catalog: str | None = None, job: Path | None = None) -> list[Check]:
+    """Run all checks.
+
+    Args:
+        catalog: profile name or URL to ask as well.
+        job: a job or schedule file; what it needs is checked as well: its catalog and credentials, a write into the
+            place of its store, its cluster with a task on a worker.
+    """
     checks = [
         _libraries(),
         _gdal(),
@@ -55,7 +79,73 @@ def check(*, catalog: str | None = None) -> list[Check]:
     checks.append(_credentials())
     if catalog:
         checks.append(_ask(catalog))
-    return checks
+    return checks + (_needs(job) if job else [])
+
+
+def _needs(path: Path) -> list[Check]:
+    """What a job or schedule needs."""
+    try:
+        if "every" in read_yaml(path, "job"):
+            loaded = load_schedule(path)
+            name, one = f"schedule {path}", loaded.series[0].job
+            found = f"{len(loaded.series)} areas, every {loaded.spec.every} since {loaded.spec.start}"
+        else:
+            name, one, found = f"job {path}", load_job(path), "is a valid job"
+        check_method(one.method, one.bands)
+    except CloudgateError as error:
+        return [Check(f"file {path}", ok=False, found=str(error), advice="mend the file")]
+    out = [Check(name, ok=True, found=found), _keys(one), _ask(one.catalog), _place(one), _cluster(one)]
+    return [check for check in out if check is not None]
+
+
+def _keys(job: Job) -> Check | None:
+    """The credentials that the catalog's profile asks for; their names only."""
+    names = profile_names()
+    profile = load_profile(job.profile or job.catalog) if job.profile or job.catalog in names else None
+    if profile is None or profile.auth.kind not in KEYS:
+        return None
+    wanted, advice = KEYS[profile.auth.kind]
+    netrc = profile.auth.kind == "earthdata" and (Path.home() / ".netrc").exists()
+    there = [name for name in wanted if os.environ.get(name)] + (["~/.netrc"] if netrc else [])
+    needed = profile.auth.kind != "planetary-computer"  # its key only raises limits
+    found = f"{profile.name}: " + (", ".join(there) if there else f"none of {', '.join(wanted)} is set")
+    return Check("catalog's credentials", ok=bool(there) or not needed, found=found, advice="" if there else advice)
+
+
+def _place(job: Job) -> Check:
+    """Write, read and remove a small object beside the store; on buckets also that conditions are enforced."""
+    if not job.output.store:
+        return Check("store", ok=False, found="output.store is not set", advice="set it, or give --out")
+    objects = RunFolder(job.output.store).objects
+    name, text = "doctor", uuid4().hex.encode()
+    try:
+        first = objects.swap(name, text, None)
+        again = objects.swap(name, text, None)
+        there = objects.get(name)
+        objects.remove(name)
+        if isinstance(objects, FileObjects) and not objects.names():
+            objects.clear("")
+            objects.path.rmdir()
+    except (CloudgateError, OSError) as error:
+        return Check("store", ok=False, found=str(error), advice="check the path, the bucket and the credentials")
+    if first is None or again is not None or there is None or there[0] != text:
+        advice = "use a store that enforces If-None-Match (Amazon S3, MinIO, R2, Ceph); else two runs could meet in it"
+        return Check("store", ok=False, found=f"{objects.where} ignores conditional writes", advice=advice)
+    return Check("store", ok=True, found=f"{job.output.store}: written, read and removed")
+
+
+def _cluster(job: Job) -> Check:
+    """Bring the job's cluster up, run a task on it, and let it go."""
+    name, began = f"cluster ({job.cluster.kind})", time.monotonic()
+    try:
+        with connect(job.cluster, memory_gb_per_worker=job.limits.memory_gb_per_worker) as client:
+            client.submit(os.getpid, pure=False).result(timeout=120)
+            workers = len(client.scheduler_info(n_workers=-1)["workers"])
+    except Exception as error:  # whatever breaks here is what the doctor is asked for
+        told = str(error) if isinstance(error, CloudgateError) else f"{type(error).__name__}: {error}"
+        return Check(name, ok=False, found=told, advice="see above; cluster.kind=local needs nothing else")
+    seconds = time.monotonic() - began
+    return Check(name, ok=True, found=f"{workers} workers, the first task came back after {seconds:.0f} s")
 
 
 def _libraries() -> Check:
@@ -138,7 +228,7 @@ def _credentials() -> Check:
 
 def _ask(catalog: str) -> Check:
     try:
-        endpoint = catalog if "://" in catalog else load_profile(catalog).endpoint
+        endpoint = catalog if "://" in catalog or Path(catalog).exists() else load_profile(catalog).endpoint
         if endpoint is None:
             return Check(f"catalog {catalog}", ok=True, found="is read from files")
         source = open_source(endpoint, timeout_s=20)

@@ -20,6 +20,7 @@ from shapely.geometry import box
 from shapely.geometry.base import BaseGeometry
 
 from pipeline.errors import ConfigError
+from pipeline.tables import table_html
 
 CHUNK_PX = 512
 OVERVIEW_PX = 256
@@ -218,6 +219,20 @@ class Grid:
         lon = middle + (np.asarray(lon) - middle + 180) % 360 - 180  # unwrapped around the middle
         west, east = float(lon.min()), float(lon.max())
         return ((west + 180) % 360 - 180, float(min(lat)), (east + 180) % 360 - 180 or east, float(max(lat)))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: size, place and shards."""
+        wide, high = (n * self.resolution_m / 1000 for n in (self.width, self.height))
+        return table_html(
+            f"Grid of {self.width} x {self.height} px at {self.resolution_m:g} m",
+            {
+                "CRS": self.crs[:60],
+                "covers": f"{wide:.3g} x {high:.3g} km",
+                "left, bottom, right, top": ", ".join(f"{edge:.0f}" for edge in self.bounds),
+                "west, south, east, north": ", ".join(f"{edge:.5f}" for edge in self.lonlat_bounds()),
+                "shards": f"{sum(1 for _ in self.shards())} of {self.shard_px} px",
+            },
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""

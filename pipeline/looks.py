@@ -53,6 +53,8 @@ class Looks:
         codes: (T, B, H, W) uint16; valid until the next sub-block is asked for.
         clear: (T, H, W) bool.
         failed: (H, W) bool, a read failed here; None where none did.
+        bits: (T, h, w) uint8 on the mask's cells: cloud, shadow and no data as ``mask.grown_bits`` gives them.
+        bits_offset: (row, col) of the arrays' [0, 0] inside ``bits``, in grid pixels.
     """
 
     rows: Span
@@ -61,6 +63,8 @@ class Looks:
     codes: Codes
     clear: NDArray[np.bool_]
     failed: NDArray[np.bool_] | None
+    bits: NDArray[np.uint8]
+    bits_offset: tuple[int, int]
 
 
 @dataclass
@@ -299,4 +303,5 @@ class LookStream:
                 temporal_check=recipe.params.temporal_check,
                 rejected=np.array(recipe.rejected, bool),
             )
-        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed)
+        offset = (strip.offset[0], left)
+        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed, strip.bits, offset)

@@ -67,9 +67,9 @@ __all__ = [
 type Flags = NDArray[np.bool_]
 
 # Bits in which growth results travel from the raster's lattice to the grid.
-_CLOUD_BIT: Final = 1
-_SHADOW_BIT: Final = 2
-_NODATA_BIT: Final = 4
+CLOUD_BIT: Final = 1
+SHADOW_BIT: Final = 2
+NODATA_BIT: Final = 4
 
 # Blocks run in threads of their own; OpenCV's would only fight them.
 cv2.setNumThreads(1)
@@ -173,7 +173,7 @@ def grown_bits(*, state: State, resolution_m: float, params: MaskParams) -> Stat
         cloud_grow_m=params.cloud_grow_m,
         shadow_grow_m=params.shadow_grow_m,
     )
-    bits = np.multiply(state == NODATA, np.uint8(_NODATA_BIT), dtype=np.uint8)
+    bits = np.multiply(state == NODATA, np.uint8(NODATA_BIT), dtype=np.uint8)
     np.bitwise_or(bits, cloud.view(np.uint8), out=bits)
     return np.bitwise_or(bits, np.left_shift(shadow.view(np.uint8), np.uint8(1)), out=bits)
 
@@ -255,12 +255,12 @@ def _checked_bits(
         np.bitwise_or(out, bright.view(np.uint8), out=out)
         np.bitwise_or(out, np.left_shift(dark.view(np.uint8), np.uint8(1)), out=out)
     if rejected is not None:
-        out[rejected] |= np.uint8(_CLOUD_BIT)
+        out[rejected] |= np.uint8(CLOUD_BIT)
     return out
 
 
 def _unpack(bits: State) -> MaskLayers:
-    return MaskLayers(cloud=(bits & _CLOUD_BIT) != 0, shadow=(bits & _SHADOW_BIT) != 0, clear=bits == 0)
+    return MaskLayers(cloud=(bits & CLOUD_BIT) != 0, shadow=(bits & SHADOW_BIT) != 0, clear=bits == 0)
 
 
 def cloud_mask(
@@ -324,8 +324,8 @@ def cloud_mask(
         {name: cube.coords[name] for name in ("time", "y", "x") if name in cube.coords},
     )
     layers = {
-        "cloud": (checked & _CLOUD_BIT) != 0,
-        "shadow": (checked & _SHADOW_BIT) != 0,
+        "cloud": (checked & CLOUD_BIT) != 0,
+        "shadow": (checked & SHADOW_BIT) != 0,
         "clear": checked == 0,
     }
     return xr.Dataset({name: (dims, data) for name, data in layers.items()}, coords=coords, attrs=cube.attrs)

@@ -4,45 +4,35 @@ search -> grid -> scout -> tasks -> publish. Each step's answer is frozen in ``<
 on where it stopped.
 """
 
-import io
-import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline import learned
 from pipeline import store as stores
-from pipeline.bands import rgb_bands
-from pipeline.block import has_uncertainty
 from pipeline.cluster import connect
-from pipeline.config import Job
+from pipeline.config import Cluster, Job
 from pipeline.errors import (
     ConfigError,
     NoItemsError,
     NothingClearError,
-    ReadError,
     TooManyFailuresError,
 )
 from pipeline.frozen import digest, from_frozen, frozen_bytes
 from pipeline.grid import Grid
-from pipeline.identity import RESULT_VERSION, check_store, wish_of
-from pipeline.items import Acquisition, Item, day_text
+from pipeline.identity import check_store, wish_of
+from pipeline.items import Acquisition, day_text
 from pipeline.jobfile import job_json
 from pipeline.lock import Held, hold
 from pipeline.periods import Period, first_periods, periods
 from pipeline.planning import Plan, plan_tasks
-from pipeline.reader import dn_to_codes, read_window
+from pipeline.publishing import anchor_names, keep_before, lower_period, publish_period
 from pipeline.records import RunFolder
 from pipeline.region import region_of
 from pipeline.request import Request, acquisitions_of, check_job, recipe_of, resolve, survey
-from pipeline.runner import Progress, Silent, add_overviews, run_overviews, run_tasks
-from pipeline.scout import Scouted, coarse_grid
+from pipeline.runner import Progress, Silent, add_overviews, run_tasks
+from pipeline.scout import Scouted
 from pipeline.status import tally
 
 
@@ -55,11 +45,15 @@ class Summary:
     seconds: float = 0.0
 
 
-def plan(job: Job, *, scouting: bool = True) -> Plan:
+def plan(*, job: Job, scouting: bool = True) -> Plan:
     """What a job would do, without doing it: periods, tasks, scenes, bytes, memory, and what the scout decided.
 
+    Args:
+        job: see ``load_job``.
+        scouting: look at the scenes coarsely, to decide offsets and anchors.
+
     Raises:
-        As ``build``, before any work.
+        RequestError: as ``build``, before any work. CatalogError: if the catalog does not answer.
     """
     request = resolve(job)
     out = Plan.of(request.grid, request.found)
@@ -142,6 +136,22 @@ def build(
     return summary
 
 
+def complete_overviews(*, store: str, workers: int = 2, progress: Progress | None = None) -> int:
+    """Give a finished store the overviews it was written without; nothing where it has them.
+
+    Returns:
+        How many levels it has beside full resolution.
+
+    Raises:
+        StoreMismatchError: without a finished mosaic. StoreError: if the store cannot be written.
+    """
+    path = Path(store)
+    stores.finished(path)
+    run = RunFolder(path)
+    with hold(run) as lock, connect(Cluster(workers=workers), memory_gb_per_worker=4) as client:
+        return add_overviews(path, run, client, progress or Silent(), guard=lock.check)
+
+
 class _Given:
     """A client that somebody else owns."""
 
@@ -214,18 +224,9 @@ def _begin_slot(request: Request, period: Period, path: Path, run: RunFolder, *,
     if before is None or before.get("digest") != digest(items) or anew:
         # In this order, so that a kill at any point leaves a period that is finished or begun again, never half.
         run.objects.remove(f"{name}/manifest.json")
-        _lower(request, period.slot, path)
+        lower_period(request, period.slot, path)
         run.forget_period(period.slot)
         run.write_bytes(frozen_bytes(replace(request.found, items=items)), name, "items.json")
-
-
-def _lower(request: Request, slot: int, path: Path) -> None:
-    """Hide a published period from readers; the others stay as they are."""
-    old = stores.read_attrs(path)
-    if old and str(slot) in old["cloudgate"]["periods"]:
-        about = dict(old["cloudgate"])
-        about["periods"] = {**about["periods"], str(slot): {**about["periods"][str(slot)], "published": False}}
-        _write_metadata(request, about, path, stores.levels(path))
 
 
 def _build_period(
@@ -261,7 +262,7 @@ def _build_period(
         seen = Scouted.from_dict(record) if record else _survey(request, period, acquisitions, progress)
     if not record:
         run.write(seen.to_dict(), name, "scout.json")
-        _keep_before(request, acquisitions, seen, run, period.slot)
+        keep_before(request, acquisitions, seen, run, period.slot)
     recipe = recipe_of(request, period, acquisitions, seen)
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
@@ -279,10 +280,8 @@ def _build_period(
             raise NothingClearError(f"{message}; widen time or lookback_days, or loosen mask")
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
         return {**outcome, "published": False, "message": message}
-    levels = _overviews(request, period, path, run, client, progress, lock)
-    lock.check()
-    _publish(request, period, seen, path, levels)
-    outcome |= {"published": True, "message": "finished", "anchors": _anchor_names(seen, acquisitions)}
+    publish_period(request, period, seen, path, run, client, progress, lock)
+    outcome |= {"published": True, "message": "finished", "anchors": anchor_names(seen, acquisitions)}
     run.write(outcome, name, "manifest.json")
     return outcome
 
@@ -302,12 +301,6 @@ def _survey_all(request: Request, progress: Progress) -> dict[int, Scouted]:
     }
 
 
-def _anchor_names(seen: Scouted, acquisitions: Sequence[Acquisition]) -> list[str]:
-    if seen.anchors is None:
-        return []
-    return [acquisitions[layer].id if layer >= 0 else "interpolation" for layer in seen.anchors.layers]
-
-
 def _check_failures(facts: dict[str, Any], job: Job) -> None:
     share = facts["failed"] / max(facts["reads"], 1)
     if share > job.limits.max_failed_fraction:
@@ -317,100 +310,3 @@ def _check_failures(facts: dict[str, Any], job: Job) -> None:
             f"allows {100 * job.limits.max_failed_fraction:.1f} %): {listed}. Nothing was published; mend the source "
             "and --restart, or raise the limit and run the same command to publish what there is"
         )
-
-
-def _keep_before(
-    request: Request, acquisitions: Sequence[Acquisition], seen: Scouted, run: RunFolder, slot: int
-) -> None:
-    """Keep a small colour picture of the least cloudy acquisition, for ``cloudgate preview``."""
-    best = max(
-        range(len(seen.layers)),
-        key=lambda i: (not seen.layers[i].fails, seen.layers[i].clear_share * seen.layers[i].valid_share, -i),
-    )
-    coarse, _ = coarse_grid(request.grid, 0, most_px=900)
-    names = rgb_bands(request.job.bands)
-    codes = np.zeros((3, *coarse.shape), np.uint16)
-
-    def one(work: tuple[int, str, Item]) -> tuple[int, Any]:
-        number, band, item = work
-        asset = item.assets[band]
-        return number, dn_to_codes(
-            read_window(asset, coarse, profile=request.found.profile), asset, seen.offsets[item.id][0]
-        )
-
-    work = [
-        (n, band, item) for n, band in enumerate(names) for item in acquisitions[best].items if item.id in seen.offsets
-    ]
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            for number, values in pool.map(one, work):
-                np.copyto(codes[number], values, where=codes[number] == 0)
-    except ReadError:
-        return  # only a picture; the tasks will meet the same fault and report it
-    buffer = io.BytesIO()
-    label = f"{day_text(acquisitions[best].day)} ({100 * seen.layers[best].clear_share:.0f} % clear)"
-    np.savez_compressed(buffer, codes=codes, name=np.array(label))
-    run.write_bytes(buffer.getvalue(), run.period(slot), "before.npz")
-
-
-def _overviews(
-    request: Request, period: Period, path: Path, run: RunFolder, client: Any, progress: Progress, lock: Held
-) -> int:
-    """Write the period's overviews where they are asked for, or where the store's other periods have them: how many."""
-    job, grid = request.job, request.grid
-    if not (job.output.overviews or stores.levels(path)):
-        return 0
-    layers = (job.bands, has_uncertainty(job.method))
-    run_overviews(path, grid, layers, period.slot, run, client, progress, guard=lock.check)
-    return len(grid.levels()) - 1
-
-
-def _publish(request: Request, period: Period, seen: Scouted, path: Path, levels: int) -> None:
-    """Write metadata last; earlier published periods stay published."""
-    job, grid = request.job, request.grid
-    old = stores.read_attrs(path)
-    about: dict[str, Any] = (
-        dict(old["cloudgate"])
-        if old
-        else {
-            "layout": stores.LAYOUT_VERSION,
-            "grid": grid.to_dict(),
-            "periods": {},
-        }
-    )
-    acquisitions = acquisitions_of(request, period)
-    items = seen.apply([i for a in acquisitions for i in a.items])
-    about["periods"] = {
-        **about["periods"],
-        str(period.slot): {
-            "start": day_text(period.start),
-            "end": day_text(period.end),
-            "target": day_text(period.target),
-            "items": len(items),
-            "items_digest": digest(items),
-            "anchors": _anchor_names(seen, acquisitions),
-            "method": learned.identity(job.method),
-            "mask": json.loads(job.mask.model_dump_json()),
-            "code_version": version("cloudgate"),
-            "result_version": RESULT_VERSION,
-        },
-    }
-    _write_metadata(request, about, path, levels)
-
-
-def _write_metadata(request: Request, about: dict[str, Any], path: Path, levels: int) -> None:
-    """Shapes, coordinates, ``published`` and attributes of a store whose periods are those of ``about``."""
-    job = request.job
-    by_slot = sorted(about["periods"].items(), key=lambda entry: int(entry[0]))  # whatever the order of writing
-    about = {**about, "periods": dict(by_slot)}
-    schedule = request.schedule[: max(int(slot) for slot in about["periods"]) + 1]
-    stores.publish(
-        path,
-        request.grid,
-        job.bands,
-        uncertainty=has_uncertainty(job.method),
-        schedule=schedule,
-        published=[about["periods"].get(str(p.slot), {"published": False}).get("published", True) for p in schedule],
-        attrs={"title": job.name, "source": "Copernicus Sentinel-2", "cloudgate": about},
-        levels=levels,
-    )

@@ -20,6 +20,7 @@ from pipeline.items import Acquisition, Item, day_text
 from pipeline.periods import Period
 from pipeline.recipe import Recipe
 from pipeline.scout import Scouted
+from pipeline.tables import columns_html, table_html
 from pipeline.tasks import Task
 
 WORKER_BASE_BYTES: Final = 420e6
@@ -186,6 +187,21 @@ class Plan:
     profile: str
     dropped: list[tuple[str, str]]
     periods: list[dict[str, Any]] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: where from, the grid, and a line for each period."""
+        names = {
+            "acquisitions": "acquisitions",
+            "scenes": "scenes",
+            "tasks": "tasks",
+            "decoded_gb": "decoded (GB)",
+            "peak_memory_gb": "peak memory (GB)",
+            "anchors": "anchors",
+        }
+        shown = {key: label for key, label in names.items() if any(key in period for period in self.periods)}
+        rows = [(f"{p['start']} to {p['end']}", p["target"], *(p.get(key, "") for key in shown)) for p in self.periods]
+        where = table_html("Plan", {"scenes from": self.source, "profile": self.profile, "left out": len(self.dropped)})
+        return where + self.grid._repr_html_() + columns_html("Periods", ["looks of", "shows", *shown.values()], rows)
 
     @classmethod
     def of(cls, grid: Grid, found: SearchResult) -> Self:

@@ -1,7 +1,8 @@
 """A picture that explains a mosaic: in comes a finished store, out comes one PNG.
 
 Panels: true colour before (the least cloudy acquisition, kept small by each run) and after, clear looks, source date,
-flags; with scale bar, dates and legends. Reads every n-th pixel, so a huge store takes seconds.
+flags; with scale bar, dates and legends; or all periods, one after the other or side by side. Reads the overview that
+fits, so a huge store takes seconds; without overviews every n-th pixel, for which all must be decoded.
 """
 
 import io
@@ -16,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.bands import rgb_bands, to_reflectance
-from pipeline.errors import ConfigError
+from pipeline.describe import published
+from pipeline.errors import StoreError
+from pipeline.export import choose_slots
 from pipeline.items import day_text
 from pipeline.layers import FLAGS
 from pipeline.records import RunFolder
-from pipeline.store import open_mosaic
+from pipeline.store import finished, levels, open_mosaic
 
 RGB = NDArray[np.uint8]
 
@@ -46,13 +49,13 @@ MARGIN = 18
 HEADER = 64
 
 
-def preview(*, store: str | Path, out: str | Path, period: int = -1) -> Path:
+def preview(*, store: str | Path, out: str | Path, period: int | str = -1) -> Path:
     """Write the preview of one period of a finished mosaic.
 
     Args:
         store: the Zarr store.
         out: PNG to write.
-        period: index among the finished periods, the last by default.
+        period: number among the finished periods from 0 (-1 is the last), or a day it shows.
 
     Returns:
         The path written.
@@ -60,26 +63,91 @@ def preview(*, store: str | Path, out: str | Path, period: int = -1) -> Path:
     Raises:
         StoreMismatchError: without a finished mosaic. ConfigError: for a period that is not there.
     """
-    mosaic = open_mosaic(store=store)
+    attrs = finished(store)
+    (slot,) = choose_slots(attrs, period)
+    mosaic, index = _level(store), list(published(attrs)).index(slot)
+    picture = render(mosaic.isel(time=index).load(), before=_before(store, slot), title=_title(mosaic, store))
+    return _save(picture, out)
+
+
+def series(*, store: str | Path, out: str | Path, sheet: bool = False) -> Path:
+    """Write all finished periods in true colour, stretched alike: an animated PNG, or a contact sheet.
+
+    Args:
+        store: the Zarr store.
+        out: PNG to write.
+        sheet: side by side instead of one after the other.
+
+    Returns:
+        The path written.
+
+    Raises:
+        StoreMismatchError: without a finished mosaic.
+    """
+    mosaic = _level(store, most_px=PANEL_PX)
+    names = rgb_bands(mosaic.attrs["bands"])
     count = mosaic.sizes["time"]
-    if not -count <= period < count:
-        raise ConfigError(f"period: {period} is not there; {store} has {count} finished periods (0 to {count - 1})")
-    step = max(1, math.ceil(max(mosaic.sizes["y"], mosaic.sizes["x"]) / (2 * PANEL_PX)))
-    chosen = mosaic.isel(time=period, y=slice(step // 2, None, step), x=slice(step // 2, None, step)).load()
-    title = str(mosaic.attrs.get("title", Path(store).stem))
-    picture = render(chosen, before=_before(store, mosaic, period), title=title)
+
+    def colours(index: int) -> NDArray[np.float32]:
+        return np.stack([mosaic[name].isel(time=index).values for name in names])
+
+    some = sorted({round(i) for i in np.linspace(0, count - 1, min(count, 12))})
+    reference = np.concatenate([colours(i)[:, ::2, ::2].reshape(3, -1, 1) for i in some], axis=1)
+    title, extent_m = _title(mosaic, store), _extent_m(mosaic)
+    days = [np.datetime_as_string(day, unit="D") for day in mosaic["time"].values]
+    if sheet:
+        panels: list[tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]] = [
+            (day, _fit(stretch(colours(i), reference)), []) for i, day in enumerate(days)
+        ]
+        subtitle = f"{count} periods, stretched alike  |  {' '.join(names)}"
+        return _save(_compose(panels, title=title, subtitle=subtitle, extent_m=extent_m), out)
+    frames = [_frame(stretch(colours(i), reference), f"{title}  {day}", extent_m) for i, day in enumerate(days)]
+    return _save(frames[0], out, save_all=True, append_images=frames[1:], duration=900, loop=0)
+
+
+def _level(store: str | Path, most_px: int = 2 * PANEL_PX) -> xr.Dataset:
+    """The finest level of at most ``most_px``; where there is none, every n-th pixel of the coarsest."""
+    for number in range(levels(store) + 1):
+        mosaic = open_mosaic(store=store, group=str(number))
+        if max(mosaic.sizes["y"], mosaic.sizes["x"]) <= most_px:
+            return mosaic
+    step = math.ceil(max(mosaic.sizes["y"], mosaic.sizes["x"]) / most_px)
+    return mosaic.isel(y=slice(step // 2, None, step), x=slice(step // 2, None, step))
+
+
+def _title(mosaic: xr.Dataset, store: str | Path) -> str:
+    return str(mosaic.attrs.get("title", Path(store).stem))
+
+
+def _extent_m(mosaic: xr.Dataset) -> float:
+    return abs(float(mosaic["x"][-1] - mosaic["x"][0])) * mosaic.sizes["x"] / max(mosaic.sizes["x"] - 1, 1)
+
+
+def _save(picture: Image.Image, out: str | Path, **options: Any) -> Path:
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out, optimize=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(out, format="PNG", optimize=True, **options)
+    except OSError as error:
+        raise StoreError(f"preview: cannot write {out}: {error}; choose another place with --out") from error
     return out
 
 
-def _before(store: str | Path, mosaic: xr.Dataset, period: int) -> tuple[str, NDArray[np.float32]] | None:
+def _frame(image: RGB, label: str, extent_m: float) -> Image.Image:
+    """One picture of an animation with its label above."""
+    picture = _fit(image)
+    page = Image.new("RGB", (max(picture.width, 330), picture.height + 34), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((8, 8), label, INK, _font(16))
+    page.paste(picture, (0, 34))
+    _scale_bar(draw, 10, 34 + picture.height - 16, picture.width, extent_m)
+    return page
+
+
+def _before(store: str | Path, slot: int) -> tuple[str, NDArray[np.float32]] | None:
     """(date and name, (3, y, x) reflectance) of the least cloudy acquisition, where the run kept it."""
-    made = mosaic.attrs["cloudgate"]["periods"]
-    slots = sorted(int(slot) for slot in made if made[slot].get("published", True))
     run = RunFolder(store)
-    kept = run.read_bytes(run.period(slots[period]), "before.npz")
+    kept = run.read_bytes(run.period(slot), "before.npz")
     if kept is None:
         return None
     with np.load(io.BytesIO(kept), allow_pickle=False) as data:
@@ -136,8 +204,7 @@ def render(mosaic: xr.Dataset, *, before: tuple[str, NDArray[np.float32]] | None
     panels.append(("clear looks", _fit(ramp(count, 0, top)), [(str(t), _colour(t, 0, top)) for t in ticks]))
     panels.append(_source_date_panel(mosaic))
     panels.append(_flags_panel(mosaic))
-    extent_m = abs(float(mosaic["x"][-1] - mosaic["x"][0])) * mosaic.sizes["x"] / max(mosaic.sizes["x"] - 1, 1)
-    return _compose(panels, title=title, subtitle=_subtitle(mosaic, names), extent_m=extent_m)
+    return _compose(panels, title=title, subtitle=_subtitle(mosaic, names), extent_m=_extent_m(mosaic))
 
 
 def _colour(value: float, low: float, high: float) -> tuple[int, int, int]:

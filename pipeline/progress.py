@@ -4,16 +4,18 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from pipeline.frozen import SearchResult
 from pipeline.items import day_text, solar_day
-from pipeline.planning import Plan
+
+if TYPE_CHECKING:  # heavy, and only named here
+    from pipeline.frozen import SearchResult
+    from pipeline.planning import Plan
 
 
 class Terminal:
@@ -75,7 +77,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def show_items(found: SearchResult) -> None:
+def show_items(found: "SearchResult") -> None:
     """Print the scenes of a search."""
     console = Console()
     table = _table(
@@ -93,7 +95,7 @@ def show_items(found: SearchResult) -> None:
         console.print(note, highlight=False)
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: "Plan") -> None:
     """Print a plan."""
     console = Console()
     grid = plan.grid

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import small_region
+import view_stores
 
 from pipeline.cluster import connect
 from pipeline.config import Cluster
@@ -81,3 +82,11 @@ def bucket() -> Iterator[str]:
         yield "s3://mosaics"
     server.terminate()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def view_pair(
+    small: small_region.SmallRegion, tmp_path_factory: pytest.TempPathFactory, cluster_fields: dict[str, Any]
+) -> dict[str, Path]:
+    """Two finished stores of one area for the map page; see ``view_stores.make``."""
+    return view_stores.make(small, tmp_path_factory.mktemp("view"), cluster_fields)

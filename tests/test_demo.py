@@ -79,7 +79,7 @@ def test_it_works_without_its_servers(demo, monkeypatch):
     again = load_job(folder / "job.yaml")
     assert build(job=again, client=object()).periods[0]["message"] == "finished before"
     other = load_job(folder / "job.yaml", overrides=["method.name=median"], store=str(folder.parent / "median.zarr"))
-    assert plan(other).periods[0]["scenes"] == result.summary.periods[0]["scenes"]
+    assert plan(job=other).periods[0]["scenes"] == result.summary.periods[0]["scenes"]
 
 
 def test_an_interruption_leaves_no_server(smaller, tmp_path, monkeypatch):

@@ -329,7 +329,7 @@ def test_a_clouded_period_stays_empty_and_a_clouded_job_publishes_nothing(small,
 def test_a_plan_says_what_the_run_then_does_and_writes_nothing(small, tmp_path, monkeypatch):
     store = tmp_path / "store.zarr"
     job = small.job(store, **_part(small, method={"name": "linear"}))
-    planned = plan(job)
+    planned = plan(job=job)
     assert not list(tmp_path.iterdir())
     entry = planned.periods[0]
     summary = build(job=job, client=InlineClient(monkeypatch))
@@ -339,7 +339,7 @@ def test_a_plan_says_what_the_run_then_does_and_writes_nothing(small, tmp_path, 
     assert entry["anchors"] == made["anchors"]
     assert entry["peak_memory_gb"] < job.limits.memory_gb_per_worker
     assert "2021-07-09_sentinel-2a_R122" in [layer["id"] for layer in entry["layers"] if layer["fails"]]
-    assert plan(job, scouting=False).periods[0]["tasks"] == entry["tasks"]
+    assert plan(job=job, scouting=False).periods[0]["tasks"] == entry["tasks"]
 
 
 def test_ten_thousand_tasks_are_never_in_flight_at_once(small, tmp_path, monkeypatch):

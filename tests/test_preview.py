@@ -4,14 +4,15 @@ import io
 
 import numpy as np
 import pytest
+import zarr
 from PIL import Image
 
 from pipeline import store
 from pipeline.bands import to_codes
-from pipeline.errors import ConfigError, StoreMismatchError
+from pipeline.errors import ConfigError, StoreError, StoreMismatchError
 from pipeline.grid import Grid
 from pipeline.periods import Period
-from pipeline.preview import FLAG_COLOURS, NO_DATA, preview, ramp, stretch
+from pipeline.preview import FLAG_COLOURS, NO_DATA, preview, ramp, series, stretch
 from pipeline.records import RunFolder
 
 GRID = Grid("EPSG:32633", 10.0, (0.0, 0.0), -510000, 49998, 64, 96, 64)
@@ -83,3 +84,35 @@ def test_missing_values_are_grey_and_the_ramp_rises():
     image = np.full((3, 2, 2), 0.2, np.float32)
     image[:, 0, 0] = np.nan
     assert tuple(stretch(image, image)[0, 0]) == NO_DATA
+
+
+def test_a_day_names_a_period_and_overviews_are_read_where_they_are(mosaic, tmp_path):
+    by_day, by_number = (preview(store=mosaic, out=tmp_path / f"{p}.png", period=p) for p in ("2022-01-13", 0))
+    assert by_day.read_bytes() == by_number.read_bytes()
+    with pytest.raises(ConfigError, match="2022-01-13, 2022-01-23"):
+        preview(store=mosaic, out=tmp_path / "p.png", period="2020-01-01")
+
+
+def test_all_periods_become_an_animation_or_a_sheet_stretched_alike(mosaic, tmp_path):
+    with Image.open(series(store=mosaic, out=tmp_path / "a.png")) as moving:
+        assert (moving.format, moving.n_frames) == ("PNG", 2)
+        frames = []
+        for number in range(2):
+            moving.seek(number)
+            frames.append(np.asarray(moving.convert("RGB")).copy())
+    assert frames[0].shape == frames[1].shape
+    assert (frames[0] != frames[1]).any()
+    still = np.asarray(Image.open(series(store=mosaic, out=tmp_path / "s.png", sheet=True)))
+    assert still.shape[1] > 1.8 * frames[0].shape[1]
+
+
+def test_a_store_of_another_program_and_a_place_that_cannot_be_written(mosaic, tmp_path):
+    zarr.create_group(tmp_path / "other.zarr", path="0", attributes={"mine": 1})
+    with pytest.raises(StoreMismatchError, match="another program"):
+        preview(store=tmp_path / "other.zarr", out=tmp_path / "p.png")
+    (tmp_path / "half.zarr" / "0" / "red").mkdir(parents=True)
+    with pytest.raises(StoreMismatchError, match="no finished mosaic"):
+        series(store=tmp_path / "half.zarr", out=tmp_path / "p.png")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="cannot write"):
+        preview(store=mosaic, out=tmp_path / "file" / "p.png")

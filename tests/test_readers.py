@@ -48,7 +48,11 @@ def _write(path: Path, grid: Grid) -> Path:
     for level, shards in level_shards(grid):
         for shard in shards:
             coarsen_shard(path, grid, ("red",), False, 0, level, shard)
-    about = {"layout": 1, "grid": grid.to_dict(), "periods": {"0": {}}}
+    about = {
+        "layout": 1,
+        "grid": grid.to_dict(),
+        "periods": {"0": {"start": "2022-01-08", "end": "2022-01-17", "target": "2022-01-13"}},
+    }
     period = Period(0, 19000, 19009, 19000, 19005)
     store.publish(
         path,

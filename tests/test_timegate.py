@@ -249,6 +249,18 @@ def test_the_condition_and_extra_inputs_are_used_or_not():
         assert (extra(batch).aggregate - extra(other).aggregate).abs().max() > 1e-4
 
 
+def test_a_condition_that_never_varies_means_the_same_in_training_and_in_use():
+    """Batch norm would divide by the root of no variance: a training on clear targets then fails where it is used."""
+    torch.manual_seed(0)
+    gate, batch = TimeGate(GateConfig(name="gate")), made_up_batch()
+    with torch.no_grad():
+        for _ in range(60):
+            gate(batch)
+        gate.conditioning[0].weight *= 1.1  # a step of the optimiser
+        trained = gate.train().conditioning(batch.condition)
+        torch.testing.assert_close(gate.eval().conditioning(batch.condition), trained)
+
+
 def test_all_parameters_learn(options):
     gate, batch = _gate(**options).train(), made_up_batch()
     got = gate(replace(batch, condition=torch.rand_like(batch.condition)))

@@ -40,7 +40,7 @@ class GateConfig(ModelConfig):
     hard_mask: bool = False
     """Looks that are missing, clouded or shaded get no weight, whatever the network thinks."""
     condition: bool = True
-    """Use the target's own clear and present channels; switch off where training never varies them."""
+    """Use the target's own clear and present channels."""
     floor: bool = False
     """While training every step keeps at least the weight epsilon (the paper's -(1 - epsilon))."""
     fallback: bool = True
@@ -144,7 +144,9 @@ class TimeGate(nn.Module):
         self.extra_channels = self.channels * config.context
         self.extra_channels += sum(1 if name == "known" else self.channels for name in config.extra_inputs)
         asked = 3 * config.condition + self.extra_channels
-        self.conditioning = convolve(asked, narrow, 1) if asked else None
+        # no batch norm here: a condition that is the same everywhere (all clear) has no variance to divide by, and what
+        # training normalised with its own mean would be blown up with the running one
+        self.conditioning = nn.Sequential(nn.Conv2d(asked, narrow, 1), nn.Mish()) if asked else None
         self.spatial = convolve(narrow, wide, 3)
         # no Mish after the last one: the ReLU of equation 1 follows
         self.last = nn.Sequential(nn.Conv2d(wide, self.out, 1, bias=False), nn.BatchNorm2d(self.out))

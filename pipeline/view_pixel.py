@@ -1,0 +1,213 @@
+"""One pixel through time: in come a ``ViewStore`` and a place, out come its composites and all looks behind them.
+
+Looks are read one pixel each from the sources, through the scenes that the run froze, by the same code and with the
+same masks as the job, so a look is called clear here exactly where the job used it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import mask as masks
+from pipeline.bands import CODE_NODATA, to_reflectance
+from pipeline.composite import DECAY_TAU_DAYS
+from pipeline.config import Method
+from pipeline.errors import ConfigError, RunError
+from pipeline.frozen import from_frozen
+from pipeline.grid import Grid
+from pipeline.items import day_text
+from pipeline.jobfile import job_from_dict
+from pipeline.layers import FLAGS
+from pipeline.looks import Looks, LookStream
+from pipeline.periods import Period, first_periods, periods
+from pipeline.reader import ReadPool, spread_cells
+from pipeline.recipe import Recipe
+from pipeline.region import region_of
+from pipeline.request import Request, acquisitions_of, recipe_of
+from pipeline.scout import Scouted
+from pipeline.view_store import ViewStore
+from pipeline.view_tiles import SIGMA_NONE
+
+TRIES: Final = 2
+"""A page does not wait as long for a source as a job does."""
+THREADS: Final = 16
+
+Share = Callable[[NDArray[np.uint16], NDArray[np.bool_], NDArray[np.int32], int, Method], NDArray[np.float64]]
+
+
+def pixel_at(store: ViewStore, x: float, y: float) -> tuple[int, int]:
+    """(row, col) of a place in the store's CRS.
+
+    Raises:
+        ConfigError: for a place outside the mosaic.
+    """
+    left, bottom, right, top = store.grid.bounds
+    if not (left <= x < right and bottom < y <= top):
+        raise ConfigError(
+            f"place: {x:.0f}, {y:.0f} lies outside the mosaic, which reaches from {left:.0f} to {right:.0f} east and "
+            f"{bottom:.0f} to {top:.0f} north"
+        )
+    return int((top - y) // store.grid.resolution_m), int((x - left) // store.grid.resolution_m)
+
+
+def composites(store: ViewStore, row: int, col: int) -> list[dict[str, Any]]:
+    """What each finished period says at a pixel: reflectance by band (None = no data) and where it comes from."""
+    out = []
+    for period in store.periods:
+        raw = {name: int(store.value(name, period.slot, row, col)) for name in store.layers}
+        values = {}
+        for band in store.bands:
+            seen = float(to_reflectance(np.array([raw[band]], np.uint16))[0])
+            values[band] = None if raw[band] == CODE_NODATA else round(seen, 4)
+        sigma = {b: raw[f"uncertainty_{b}"] for b in store.bands if f"uncertainty_{b}" in raw}
+        out.append(
+            {
+                "slot": period.slot,
+                "target": period.target,
+                "method": period.method,
+                "values": values,
+                "sigma": {band: None if code == SIGMA_NONE else round(code * 1e-4, 4) for band, code in sigma.items()},
+                "source_date": day_text(raw["source_date"]) if raw["source_date"] else None,
+                "clear_count": raw["clear_count"],
+                "flags": [name.replace("_", " ") for name, bit in FLAGS.items() if raw["flags"] & bit],
+            }
+        )
+    return out
+
+
+# -- looks ------------------------------------------------------------------------------------------------------
+
+
+def frozen_request(store: ViewStore, slot: int) -> tuple[Request, Period]:
+    """The request that a store's run froze for a period, without searching.
+
+    Raises:
+        RequestError: where the run records are absent or damaged.
+    """
+    run, part = store.run, store.run.period(slot)
+    record = run.read("request.json")
+    if record is None:
+        raise ConfigError(f"looks: {run.where} is not there, and only it knows the scenes behind the mosaic")
+    job = job_from_dict(record["job"])
+    schedule = first_periods(job, slot + 1) if record["wish"].get("series") else periods(job)
+    if slot >= len(schedule):
+        raise ConfigError(f"looks: the run in {run.where} holds no records of period {slot}")
+    # A series freezes each period's own scenes, any other run all of them once.
+    own = run.read(part, "items.json")
+    found = from_frozen(own or run.read("items.json"), f"{run.where}/{part if own else ''}/items.json")
+    retry = found.profile.retry.model_copy(update={"tries": TRIES})
+    found = replace(found, profile=found.profile.model_copy(update={"retry": retry}))
+    return Request(job, region_of(job.area), found, Grid.from_dict(record["grid"]), tuple(schedule)), schedule[slot]
+
+
+def recipe_at(store: ViewStore, slot: int) -> tuple[Recipe, Method]:
+    """What decided the looks of one period, with the scout's decisions as they were frozen, and the method's name.
+
+    Raises:
+        RequestError: where the run records are absent or damaged.
+    """
+    request, period = frozen_request(store, slot)
+    record = store.run.read(store.run.period(slot), "scout.json")
+    if record is None:
+        raise ConfigError(f"looks: the run in {store.run.where} holds no records of period {slot}")
+    made = recipe_of(request, period, acquisitions_of(request, period), Scouted.from_dict(record))
+    # Only what a look itself shows: neither a polygon nor the surroundings that a method would look at.
+    return replace(made, inside=None, method=Method(name="median"), threads=THREADS), request.job.method
+
+
+def looks_at(store: ViewStore, slot: int, row: int, col: int) -> dict[str, Any]:
+    """All looks of one pixel in a period, read from the sources.
+
+    Returns:
+        ``looks``, in order of time: ``date``, ``id``, ``state`` (clear, cloud, shadow, changed: the temporal check,
+        rejected: the whole acquisition, unread), ``values`` by band, ``share`` in the composite where the method tells;
+        looks without data are left out. ``failures``: messages of what could not be read.
+
+    Raises:
+        RequestError: where the run records are absent. RunError: if no source can be read.
+    """
+    recipe, method = recipe_at(store, slot)
+    with ReadPool(threads=THREADS, profile=recipe.profile) as pool:
+        stream = LookStream(recipe, (row, row + 1), (col, col + 1), pool)
+        seen = next(iter(stream))
+    failed = {item for item, _, _ in stream.failures}
+    codes, clear = seen.codes[:, :, 0, 0].copy(), seen.clear[:, 0, 0].copy()
+    valid = codes.min(axis=1) != CODE_NODATA
+    if failed and not valid.any():
+        raise RunError(f"the sources cannot be reached: {stream.failures[0][2]}")
+    states = _states(recipe, seen, clear)
+    shares = shares_of(recipe, method, codes, clear)
+    looks = []
+    for layer, acquisition in enumerate(recipe.acquisitions):
+        unread = not valid[layer] and any(item.id in failed for item in acquisition.items)
+        if not valid[layer] and not unread:
+            continue
+        values = to_reflectance(codes[layer])
+        looks.append(
+            {
+                "date": day_text(acquisition.day),
+                "id": acquisition.id,
+                "state": "unread" if unread else states[layer],
+                "values": {}
+                if unread
+                else {band: round(float(v), 4) for band, v in zip(recipe.bands, values, strict=True)},
+                "share": None if shares is None else round(float(shares[layer]), 4),
+            }
+        )
+    messages = list(dict.fromkeys(f"{item}: {why}" for item, _, why in stream.failures))
+    return {"looks": looks, "failures": messages[:5], "failed": len(failed)}
+
+
+def _states(recipe: Recipe, seen: Looks, clear: NDArray[np.bool_]) -> list[str]:
+    """Why each look is clear or not, in the job's own order: cloud, shadow, the temporal check, the whole scene."""
+    assert seen.bits is not None
+    cells = spread_cells(seen.bits, recipe.factor, seen.bits_offset, (1, 1))[:, 0, 0]
+    out = []
+    for layer, bits in enumerate(cells):
+        if clear[layer]:
+            out.append("clear")
+        elif recipe.rejected[layer]:
+            out.append("rejected")
+        elif bits & masks.CLOUD_BIT:
+            out.append("cloud")
+        elif bits & masks.SHADOW_BIT:
+            out.append("shadow")
+        else:
+            out.append("changed")
+    return out
+
+
+# -- shares -----------------------------------------------------------------------------------------------------
+
+
+def _mean(_codes: Any, clear: NDArray[np.bool_], _days: Any, _target: int, _method: Method) -> NDArray[np.float64]:
+    return clear.astype(np.float64)
+
+
+def _decay(
+    _codes: Any, clear: NDArray[np.bool_], days: NDArray[np.int32], target: int, method: Method
+) -> NDArray[np.float64]:
+    tau = float(method.options.get("tau_days", DECAY_TAU_DAYS))
+    return np.where(clear, np.exp(-np.abs(days.astype(float) - target) / tau), 0.0)
+
+
+SHARES: Final[Mapping[str, Share]] = {"mean": _mean, "decay": _decay}
+"""How much each look of a pixel weighs, by method: (codes (T, B), clear (T,), days (T,), target, method) -> (T,).
+
+A gated method adds its own function here, and the page shows it. Weights need not sum to one. Methods that pick a look
+or predict from others have no such share.
+"""
+
+
+def shares_of(
+    recipe: Recipe, method: Method, codes: NDArray[np.uint16], clear: NDArray[np.bool_]
+) -> Sequence[float] | None:
+    """The share each look has in the composite, summing to one; None where the method has none, or nothing is clear."""
+    weigh = SHARES.get(method.name)
+    if weigh is None or not clear.any():
+        return None
+    weights = weigh(codes, clear, recipe.days, recipe.target, method)
+    return list(weights / weights.sum())
