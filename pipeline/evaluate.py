@@ -96,7 +96,7 @@ def _groups(asked: Evaluation, one: Scored) -> Iterator[tuple[str, str, str, lis
             given = [(s, c) for s in series for c in _completions(asked, s, variant)]
             yield one.name, "complete", variant, _spread(given, asked.max_cases, one.name)
     if "predict" in one.tasks:
-        most = 1.01 if one.simulate else cases.TARGET_BAD_SHARE  # of simulated dates the truth is always known
+        most = 1.01 if one.simulate else asked.target_max_bad  # of simulated dates the truth is always known
         made = ((s, cases.predictions(s, window_days=asked.window_days, max_bad=most)) for s in series)
         given = [(s, c) for s, predicted in made for c in predicted]
         yield one.name, "predict", "simulated" if one.simulate else "base", _spread(given, asked.max_cases, one.name)
@@ -107,7 +107,15 @@ def _completions(asked: Evaluation, series: Series, variant: str) -> Iterator[Ca
         yield from cases.simulated(series, window_days=asked.window_days)
         return
     kind = cast(Variant, variant.removesuffix("+check"))
-    for case in cases.completions(series, kind, pastes=asked.pastes, seed=asked.seed, window_days=asked.window_days):
+    given = cases.completions(
+        series,
+        kind,
+        pastes=asked.pastes,
+        seed=asked.seed,
+        window_days=asked.window_days,
+        max_bad=asked.target_max_bad,
+    )
+    for case in given:
         yield _checked(case, series.bands) if variant.endswith("+check") else case
 
 
@@ -127,7 +135,7 @@ def _spread(given: list[tuple[Series, Case]], most: int | None, name: str) -> li
     if not given:
         raise NothingClearError(
             f"set {name}: there is no case to score: no date is clear with two more looks near, or none has clouds to "
-            "paste; widen its time span, or look at its masks"
+            "paste; widen its time span, raise target_max_bad, or look at its masks"
         )
     if most is None or len(given) <= most:
         return given

@@ -213,6 +213,9 @@ class Evaluation(_Base):
     sets: tuple[Scored, ...] = Field(min_length=1, description="the series")
     pastes: int = Field(2, ge=1, description="holes a target")
     window_days: int = Field(60, ge=5, description="looks within so many days of the target are used")
+    target_max_bad: float = Field(
+        0.01, gt=0, le=1, description="a real target is clear but for this share; grown masks of large areas need more"
+    )
     max_cases: int | None = Field(None, ge=1, description="at most so many cases of each set and task, spread in time")
     pictures: int = Field(3, ge=0, description="best, median and worst cases to draw (0: none)")
 

@@ -76,7 +76,7 @@ class Scheme:
 
     def _move(self, loss: Tensor, net: nn.Module, optimizer: Any, rate: float) -> None:
         if not torch.isfinite(loss):
-            raise NotFiniteError(f"the loss is {float(loss)}")
+            raise NotFiniteError(f"the loss is {float(loss.detach())}")
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()

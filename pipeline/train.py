@@ -150,6 +150,8 @@ class Course:
                 break
             row = self._examine(exam)
             self._finish_epoch(row)
+            if time.perf_counter() > limit and state.epoch < fit.epochs:
+                stopped = f"{fit.max_minutes:g} minutes are over"
             progress.step(1)
             progress.say(_line(row, state))
             if fit.patience is not None and state.epoch - 1 - state.best_epoch >= fit.patience:

@@ -76,10 +76,12 @@ def test_numbers_say_what_the_product_does(report: Report) -> None:
 
 def test_real_masks_are_pasted_in_every_variant(small: Any, tmp_path: Path) -> None:
     job = {name: value for name, value in small.fields().items() if name not in ("bands", "target", "method")}
-    job["area"] = {"bbox": small.bbox((30, 330), (94, 394))}
+    job["area"] = {"bbox": small.bbox((300, 420), (100, 220))}
     variants = ["base", "inputs", "growth", "scl", "scl+check"]
     one = {"name": "own", "job": job, "tasks": ["complete"], "variants": variants}
-    made = evaluate(asked(tmp_path, sets=[one], pastes=1, pictures=0, methods=["linear", "regression"]))
+    made = evaluate(
+        asked(tmp_path, sets=[one], pastes=1, pictures=0, target_max_bad=0.3, methods=["linear", "regression"])
+    )
     assert [row["variant"] for row in made.summary[::2]] == variants
     holes = {v: [row["case"] for row in made.rows if row["variant"] == v] for v in variants}
     assert all(names == holes["base"] for names in holes.values())

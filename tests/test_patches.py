@@ -154,7 +154,7 @@ def test_paper_mode_predicts_a_clouded_date_from_the_others(tmp_path: Path) -> N
 def test_a_killed_preparation_goes_on(folder: Path, tmp_path: Path) -> None:
     process = learning.start(tmp_path, "--prepare")
     first = tmp_path / "samples" / "sim-1000" / DONE
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while not (first.exists() and first.read_text().count("\n") >= 2):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline

@@ -84,13 +84,13 @@ def test_a_training_leaves_weights_log_and_curves(samples: Path, tmp_path: Path)
 
 
 def test_a_network_learns_and_the_best_epoch_is_kept(samples: Path, tmp_path: Path) -> None:
-    fit = {"epochs": 6, "batch": 8, "rate": 0.02, "threads": 1, "accelerator": "cpu"}
+    fit = {"epochs": 4, "batch": 8, "rate": 0.002, "threads": 1, "accelerator": "cpu"}
     made = train(training(tmp_path, store=str(samples), fit=fit, model={"name": "pupil", "wrong": 0.1}))
     with (made.weights.parent / "epochs.csv").open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     best = min(rows, key=lambda row: row["mse"])
     assert made.best["epoch"] == best["epoch"]
-    assert best["psnr"] > rows[0]["psnr"] + 1
+    assert best["mse"] < 0.8 * rows[0]["mse"]
     assert weights.card(made.weights)["scores"]["mse"] == pytest.approx(best["mse"])
 
 
@@ -101,7 +101,7 @@ def test_a_killed_training_takes_the_same_steps(samples: Path, tmp_path: Path) -
     an_epoch = whole.steps // 3
     out = tmp_path / "killed" / "model"
     process = learning.start(tmp_path / "killed", store=str(samples), cases=CASES, sources=SOURCES)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 900
     while not ((out / "steps.csv").exists() and len(steps(out)) > an_epoch):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -164,7 +164,7 @@ def test_it_stops_early_where_nothing_gets_better(samples: Path, tmp_path: Path)
         ({"model": {"name": "pupil", "bands": ["red", "nir"]}}, ConfigError, "are not the training's bands"),
         ({"bands": ["red", "nir"]}, StoreMismatchError, "holds blue, nir, and bands are red, nir"),
         ({"split": {"validation": ["sim-1"]}}, ConfigError, "there is no place 'sim-1'"),
-        ({"loss": {"l2": 1}}, ConfigError, "loss: l2: there is no such field; did you mean 'l1'"),
+        ({"loss": {"charbonier": 1}}, ConfigError, "charbonier: there is no such field; did you mean 'charbonnier'"),
         ({"loss": {"charbonnier": 0}}, ConfigError, "every weight is 0"),
         ({"loss": {"feat": 1}}, ConfigError, "its groups need"),
         ({"fit": {"accelerator": "abacus"}}, ConfigError, "fit: this machine cannot do accelerator abacus"),
