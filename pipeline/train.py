@@ -367,6 +367,11 @@ def _checked_store(training: Training) -> Store:
             f"store: {training.store} holds {', '.join(bands)}, and bands are {', '.join(training.bands)}; prepare "
             "another store, or make them the same"
         )
+    if store.about["cases"] != json.loads(training.cases.model_dump_json()):
+        raise StoreMismatchError(
+            f"store: {training.store} was prepared with other cases; name another store, or start over with "
+            "`cloudgate train --prepare --restart`"
+        )
     for name, now in (("estimates", estimates.ESTIMATES), ("context", estimates.CONTEXT)):
         if tuple(store.about[name]) != now:
             raise StoreMismatchError(
