@@ -11,7 +11,7 @@ The way of the data, one file per step::
     mosaic.build       the same, task by task on a Dask cluster, into a Zarr store
     store.open_mosaic  the finished mosaic as plain xarray
     view.explore       the same as a map page
-    tick.tick          what is due of a schedule, period by period
+    periodic.tick      what is due of a schedule, period by period
 
 Public names are imported on first use, so ``import pipeline`` is quick.
 """
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from pipeline.lazy import compose, fill_series, grid_for, harmonise, open_cube
     from pipeline.mask import cloud_mask
     from pipeline.mosaic import build, plan
+    from pipeline.periodic import backfill, tick
     from pipeline.schedule import load_schedule
     from pipeline.store import open_mosaic
-    from pipeline.tick import backfill, tick
     from pipeline.view import explore
 
 _HOMES = {
-    "backfill": "pipeline.tick",
+    "backfill": "pipeline.periodic",
     "build": "pipeline.mosaic",
     "cloud_mask": "pipeline.mask",
     "compose": "pipeline.lazy",
@@ -45,7 +45,7 @@ _HOMES = {
     "open_mosaic": "pipeline.store",
     "plan": "pipeline.mosaic",
     "search": "pipeline.catalog",
-    "tick": "pipeline.tick",
+    "tick": "pipeline.periodic",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 It lies in ``<store>.run/`` and is changed by compare-and-swap only: read it, change a copy, write the copy if nobody
 was quicker, else begin again. So any number of ticks, workers and people may write at the same time and no outcome is
-lost. A ledger that cannot be read is set aside and made again from the run records (``pipeline.tick``).
+lost. A ledger that cannot be read is set aside and made again from the run records (``pipeline.periodic``).
 """
 
 import json
