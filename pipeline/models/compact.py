@@ -29,12 +29,17 @@ _FIT = ESTIMATES.index("fit")
 _DISTANCE, _FITTED = CONTEXT.index("distance"), CONTEXT.index("fitted")
 MEMBERS = ("prior", *ESTIMATES, "kriging")
 """What the gate chooses among, in order."""
+FACTS = 2 * (len(MEMBERS) - 1) + len(CONTEXT) + 5
+"""Channels of ``_facts``."""
 
 
 class CompactConfig(ModelConfig):
     """The compact network."""
 
     name: Literal["compact"] = "compact"
+    patch_px: int = Field(128, ge=32, description="side of a patch at inference, pixels")
+    stride_px: int = Field(96, ge=16, description="from patch to patch, pixels")
+    border_px: int = Field(8, ge=0, description="outermost pixels of a patch that are not used")
     kriging: bool = Field(True, description="carry what the fit leaves over into the gap")
     keys: int = Field(1024, ge=16, description="most clear pixels that speak in a patch")
     dates: int = Field(14, ge=1, description="most dates compared by the kernel")
@@ -54,7 +59,7 @@ class Compact(Model):
         super().__init__()
         self.config = config
         self.kriging = Kriging(keys=config.keys, dates=config.dates) if config.kriging else None
-        channels = _facts_of(config)
+        channels = FACTS
         self.gate = Gate(channels, abstract=config.abstract) if config.gate else None
         inner = channels + 1 + (config.abstract if config.gate else 0)
         self.fusion = UNet(inner, 2, width=config.width) if config.fusion or config.sigma else None
@@ -95,14 +100,9 @@ class Compact(Model):
             nearness = -batch.context[:, _DISTANCE, :1]
             weights = self.kriging.date_weights(days, share)
             correction, left = self.kriging(series, weights, (batch.prior - fit) * usable, usable, nearness)
-            kriged = torch.where(fitted > 0, fit + correction, batch.prior)
+            gap = (fitted > 0) & (batch.known == 0)
+            kriged, left = torch.where(gap, fit + correction, batch.prior), left * gap
         return torch.cat([batch.estimates, kriged[:, None]], dim=1), left
-
-
-def _facts_of(config: CompactConfig) -> int:
-    """Channels that ``_facts`` makes."""
-    del config
-    return 2 * (len(MEMBERS) - 1) + len(CONTEXT) + 5
 
 
 def _facts(batch: Batch, z: Tensor, left: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def _look_shares(batch: Batch, shares: Tensor) -> Tensor:
 class Gate(nn.Module):
     """Shares of the estimates: a weight for each from its deviation and the facts, normalised to one.
 
-    ``X = start + alpha * (sum of shares times members - start)``, where the start is the last member and ``alpha = 0`` at
-    first, so that an untrained gate answers with the start. The members share all weights but one vector each.
+    ``X = start + alpha * (sum of shares times members - start)``, where the start is the last member, ``alpha = 0`` at
+    first: an untrained gate answers with the start. The members share all weights but one vector each.
     """
 
     def __init__(self, facts: int, *, abstract: int, hidden: int = 16) -> None:
