@@ -42,6 +42,7 @@ class CompactConfig(ModelConfig):
     border_px: int = Field(8, ge=0, description="outermost pixels of a patch that are not used")
     kriging: bool = Field(True, description="carry what the fit leaves over into the gap")
     keys: int = Field(1024, ge=16, description="most clear pixels that speak in a patch")
+    keys_training: int = Field(384, ge=16, description="the same while it learns, where patches are smaller")
     dates: int = Field(14, ge=1, description="most dates compared by the kernel")
     gate: bool = Field(True, description="choose among the estimates; else X is the kriging or the prior")
     fusion: bool = Field(True, description="the residual U-Net")
@@ -58,7 +59,7 @@ class Compact(Model):
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
         self.config = config
-        self.kriging = Kriging(keys=config.keys, dates=config.dates) if config.kriging else None
+        self.kriging = Kriging(dates=config.dates) if config.kriging else None
         channels = FACTS
         self.gate = Gate(channels, abstract=config.abstract) if config.gate else None
         inner = channels + 1 + (config.abstract if config.gate else 0)
@@ -99,7 +100,9 @@ class Compact(Model):
             series, days, share = closed_series(batch.looks, clear, batch.days, self.config.dates)
             nearness = -batch.context[:, _DISTANCE, :1]
             weights = self.kriging.date_weights(days, share)
-            correction, left = self.kriging(series, weights, (batch.prior - fit) * usable, usable, nearness)
+            keys = self.config.keys_training if self.training else self.config.keys
+            residual = (batch.prior - fit) * usable
+            correction, left = self.kriging(series, weights, residual, usable, nearness, keys=keys)
             gap = (fitted > 0) & (batch.known == 0)
             kriged, left = torch.where(gap, fit + correction, batch.prior), left * gap
         return torch.cat([batch.estimates, kriged[:, None]], dim=1), left

@@ -24,13 +24,12 @@ class Kriging(nn.Module):
     """Residuals of clear pixels carried into the gap by similarity in space and series.
 
     Args:
-        keys: most clear pixels that speak, the nearest to the gap.
         dates: most dates compared, the nearest in time.
     """
 
-    def __init__(self, *, keys: int = 768, dates: int = 14) -> None:
+    def __init__(self, *, dates: int = 14) -> None:
         super().__init__()
-        self.keys, self.dates = keys, dates
+        self.dates = dates
         # two Laplace kernels, near and far; lengths in pixels and in standard deviations of the series
         self.log_space = nn.Parameter(torch.tensor([2.7, 4.0]))
         self.log_series = nn.Parameter(torch.tensor([-0.3, 0.2]))
@@ -39,16 +38,17 @@ class Kriging(nn.Module):
         self.fade = nn.Parameter(torch.tensor(0.3))  # weight of a date 30 days away: exp(-fade)
 
     def forward(
-        self, series: Tensor, weights: Tensor, residual: Tensor, usable: Tensor, nearness: Tensor
+        self, series: Tensor, weights: Tensor, residual: Tensor, usable: Tensor, nearness: Tensor, *, keys: int
     ) -> tuple[Tensor, Tensor]:
         """Carry residuals into every pixel of the patch.
 
         Args:
             series: (B, D, C, H, W) standardised values on the dates compared, no missing ones.
-            weights: (B, D) weight of each date, 0 = not compared; the fade in time is applied by the caller's days.
+            weights: (B, D) weight of each date, from ``date_weights``; 0 = not compared.
             residual: (B, C, H, W) what the fit leaves over, in units of its error; 0 where unknown.
             usable: (B, 1, H, W) 1 = ``residual`` is known here.
             nearness: (B, 1, H, W) the smaller, the sooner a pixel becomes a key.
+            keys: most clear pixels that speak.
 
         Returns:
             Correction (B, C, H, W) in the unit of ``residual``, and the variance left (B, 1, H, W): 1 where nothing
@@ -56,7 +56,7 @@ class Kriging(nn.Module):
         """
         b, _, _, h, w = series.shape
         features = self._features(series, weights)  # (B, N, F)
-        at, there = _nearest(usable.flatten(1), nearness.flatten(1), min(self.keys, h * w))
+        at, there = _nearest(usable.flatten(1), nearness.flatten(1), min(keys, h * w))
         key_features = _take(features, at)
         place = _places(h, w, series.device)[None].expand(b, -1, -1)
         key_place = _take(place, at)
