@@ -102,9 +102,9 @@ class Compact(Model):
             weights = self.kriging.date_weights(days, share)
             keys = self.config.keys_training if self.training else self.config.keys
             residual = (batch.prior - fit) * usable
-            correction, left = self.kriging(series, weights, residual, usable, nearness, keys=keys)
-            gap = (fitted > 0) & (batch.known == 0)
-            kriged, left = torch.where(gap, fit + correction, batch.prior), left * gap
+            gap = fitted * (1.0 - batch.known)
+            correction, left = self.kriging(series, weights, residual, usable, nearness, gap, keys=keys)
+            kriged, left = torch.where(gap > 0, fit + correction, batch.prior), left * (1.0 - batch.known)
         return torch.cat([batch.estimates, kriged[:, None]], dim=1), left
 
 

@@ -38,9 +38,17 @@ class Kriging(nn.Module):
         self.fade = nn.Parameter(torch.tensor(0.3))  # weight of a date 30 days away: exp(-fade)
 
     def forward(
-        self, series: Tensor, weights: Tensor, residual: Tensor, usable: Tensor, nearness: Tensor, *, keys: int
+        self,
+        series: Tensor,
+        weights: Tensor,
+        residual: Tensor,
+        usable: Tensor,
+        nearness: Tensor,
+        asked: Tensor,
+        *,
+        keys: int,
     ) -> tuple[Tensor, Tensor]:
-        """Carry residuals into every pixel of the patch.
+        """Carry residuals into the pixels asked for.
 
         Args:
             series: (B, D, C, H, W) standardised values on the dates compared, no missing ones.
@@ -48,6 +56,7 @@ class Kriging(nn.Module):
             residual: (B, C, H, W) what the fit leaves over, in units of its error; 0 where unknown.
             usable: (B, 1, H, W) 1 = ``residual`` is known here.
             nearness: (B, 1, H, W) the smaller, the sooner a pixel becomes a key.
+            asked: (B, 1, H, W) 1 = an answer is wanted; elsewhere it is 0 and all is left.
             keys: most clear pixels that speak.
 
         Returns:
@@ -66,11 +75,16 @@ class Kriging(nn.Module):
         values = _take(residual.flatten(2).transpose(1, 2), at) * there[..., None]  # (B, M, C)
         factor = torch.linalg.cholesky(matrix)
         solved = torch.cholesky_solve(values, factor)
-        across = self._kernel(place, features, key_place, key_features) * there[:, None]  # (B, N, M)
-        correction = (across @ solved).transpose(1, 2).reshape(b, -1, h, w)
+        # only what is asked for, padded to the sample that asks for most
+        most = max(int(asked.flatten(1).sum(dim=1).max()), 1)
+        wanted = torch.argsort(asked.flatten(1), dim=1, descending=True, stable=True)[:, :most]
+        real = torch.gather(asked.flatten(1), 1, wanted)[..., None]
+        across = self._kernel(_take(place, wanted), _take(features, wanted), key_place, key_features) * there[:, None]
         # a cheap upper bound of the posterior variance: what the most alike key alone explains
-        alike = across.amax(dim=2) ** 2 / (1.0 + self.log_noise.exp())
-        return correction, (1.0 - alike).clamp(0.0, 1.0).reshape(b, 1, h, w)
+        alike = across.amax(dim=2, keepdim=True) ** 2 / (1.0 + self.log_noise.exp())
+        correction = _put((across @ solved) * real, wanted, h, w)
+        left = 1.0 - _put(alike.clamp(0.0, 1.0) * real, wanted, h, w)
+        return correction, left
 
     def _features(self, series: Tensor, weights: Tensor) -> Tensor:
         """(B, N, F): scaled so that the squared distance is a weighted mean over dates and bands."""
@@ -116,6 +130,13 @@ def _nearest(usable: Tensor, nearness: Tensor, most: int) -> tuple[Tensor, Tenso
 def _take(values: Tensor, at: Tensor) -> Tensor:
     """Rows (B, M, F) of (B, N, F)."""
     return torch.gather(values, 1, at[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _put(rows: Tensor, at: Tensor, h: int, w: int) -> Tensor:
+    """(B, C, H, W) with rows (B, M, C) at their pixels (B, M), 0 elsewhere."""
+    b, _, c = rows.shape
+    out = rows.new_zeros((b, h * w, c)).scatter(1, at[..., None].expand(-1, -1, c), rows)
+    return out.transpose(1, 2).reshape(b, c, h, w)
 
 
 def _places(h: int, w: int, device: torch.device) -> Tensor:
