@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.jobfile import load_job
     from pipeline.lazy import compose, fill_series, grid_for, harmonise, open_cube
     from pipeline.mask import cloud_mask
+    from pipeline.models.weights import load_model
     from pipeline.mosaic import build, plan
     from pipeline.periodic import backfill, tick
     from pipeline.schedule import load_schedule
@@ -41,6 +42,7 @@ _HOMES = {
     "harmonise": "pipeline.lazy",
     "load_job": "pipeline.jobfile",
     "load_schedule": "pipeline.schedule",
+    "load_model": "pipeline.models.weights",
     "open_cube": "pipeline.lazy",
     "open_mosaic": "pipeline.store",
     "plan": "pipeline.mosaic",
@@ -59,6 +61,7 @@ __all__ = [
     "harmonise",
     "load_job",
     "load_schedule",
+    "load_model",
     "open_cube",
     "open_mosaic",
     "plan",

@@ -55,6 +55,8 @@ class Looks:
         failed: (H, W) bool, a read failed here; None where none did.
         bits: (T, h, w) uint8 on the mask's cells: cloud, shadow and no data as ``mask.grown_bits`` gives them.
         bits_offset: (row, col) of the arrays' [0, 0] inside ``bits``, in grid pixels.
+        hidden_by: (T, H, W) uint8, what hides a look, temporal check included: 1 cloud, 2 shadow, 4 no data; None where
+            the method does not ask.
     """
 
     rows: Span
@@ -65,6 +67,7 @@ class Looks:
     failed: NDArray[np.bool_] | None
     bits: NDArray[np.uint8]
     bits_offset: tuple[int, int]
+    hidden_by: NDArray[np.uint8] | None = None
 
 
 @dataclass
@@ -287,12 +290,13 @@ class LookStream:
         assert strip.bits is not None
         dark, nir = temporal_bands(recipe.bands)
         left = strip.offset[1] + block.cols[0] - self.cols[0]
-        clear = np.empty((len(block.codes), *block.fine.shape), bool)
+        look = masks.look_bits if recipe.tells_shadow else masks.clear_looks
+        marks = np.empty((len(block.codes), *block.fine.shape), np.uint8)
         for top in range(
             0, block.fine.height, MASK_ROWS
         ):  # what is only passed on need not be held for the whole block
             codes = block.codes[:, :, top : top + MASK_ROWS]
-            clear[:, top : top + MASK_ROWS] = masks.clear_looks(
+            marks[:, top : top + MASK_ROWS] = look(
                 bits=strip.bits,
                 factor=recipe.factor,
                 offset=(strip.offset[0] + top, left),
@@ -303,5 +307,6 @@ class LookStream:
                 temporal_check=recipe.params.temporal_check,
                 rejected=np.array(recipe.rejected, bool),
             )
+        clear, hidden_by = (marks == 0, marks) if recipe.tells_shadow else (marks.view(bool), None)
         offset = (strip.offset[0], left)
-        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed, strip.bits, offset)
+        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed, strip.bits, offset, hidden_by)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline import mask as masks
 from pipeline.anchors import AnchorMap
 from pipeline.block import halo_px
-from pipeline.config import Method
+from pipeline.config import LEARNED, Method
 from pipeline.grid import Grid
 from pipeline.items import Acquisition
 from pipeline.profiles import MaskRule, Profile
@@ -78,6 +78,11 @@ class Recipe:
     def halo(self) -> int:
         """Pixels around a block that bands are read for."""
         return halo_px(self.method)
+
+    @property
+    def tells_shadow(self) -> bool:
+        """Whether the method asks what hides a look."""
+        return self.method.name in LEARNED
 
     @property
     def mask_halo(self) -> int:

@@ -111,6 +111,7 @@ def _compose(recipe: Recipe, looks: Looks) -> Layers:
         col0=looks.fine.col0,
         core=core,
         failed=looks.failed,
+        bits=looks.hidden_by,
     )
 
 

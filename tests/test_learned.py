@@ -14,7 +14,7 @@ import torch
 import yaml
 from small_region import BANDS, InlineClient, layers_equal, recipe, same_objects
 
-from pipeline import cloud_mask, compose, learned, open_cube, planning, predict
+from pipeline import cloud_mask, compose, learned, models, open_cube, planning, predict
 from pipeline.anchors import INTERPOLATE, AnchorMap
 from pipeline.bands import to_reflectance
 from pipeline.block import BLENDED, COMPOSED, LOW, NO_DATA, NO_SIGMA, OBSERVED, compose_block, halo_px
@@ -242,6 +242,19 @@ def test_a_job_its_layers_and_going_on_with_other_weights(small, tmp_path, weigh
         build(job=_part(small, weights, stores[0]), client=client)
 
 
+def test_worker_processes_give_the_bytes_of_this_process(small, tmp_path, monkeypatch, client, cluster_fields):
+    """The real network, in its small form, with weights of no sense."""
+    torch.manual_seed(0)
+    network = models.build({"name": "small", "gate_widths": (4, 8), "widths": (8, 8, 8, 8, 8), "crossover": 8})
+    torch.nn.init.constant_(network.gamma, 0.02)
+    path = files.save(network, tmp_path / "small.safetensors", card={"data": "none"})
+    assert path.stat().st_size < 8e6
+    area = {"bbox": small.bbox((200, 300), (170, 280))}
+    build(job=_part(small, path, tmp_path / "workers.zarr", area=area, cluster=cluster_fields), client=client)
+    build(job=_part(small, path, tmp_path / "here.zarr", area=area), client=InlineClient(monkeypatch))
+    same_objects(tmp_path / "here.zarr", tmp_path / "workers.zarr")
+
+
 def test_notes_of_a_task_reach_the_manifest(small, tmp_path, weights, monkeypatch):
     def narrow(self, batch, *, with_weights=False):
         if len(batch.prior) > 1:
@@ -308,8 +321,7 @@ def test_lazy_and_job_agree_byte_for_byte(small, weights):
     block = compose_window(asked, (0, asked.grid.height), (0, asked.grid.width))
     found = replace(request.found, items=seen.apply(request.found.items))
     cube = open_cube(found=found, grid=asked.grid.padded(MARGIN_PX), bands=BANDS, chunk_px=512)
-    clouds = cloud_mask(cube=cube, params=mask_params(job, request.found.mask.kind))
-    clouds["clear"] = clouds["clear"] & ~np.array(asked.rejected)[:, None, None]
+    clouds = cloud_mask(cube=cube, params=mask_params(job, request.found.mask.kind), rejected=asked.rejected)
     made = compose(
         cube=cube,
         clouds=clouds,
