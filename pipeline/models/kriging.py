@@ -16,8 +16,6 @@ LEAST_SHARE = 0.3
 """A date serves where it is clear on more than this share of the patch."""
 TEXTURE_FLOOR = 3e-3
 """Reflectance added to a date's contrast, so that a date without any says nothing."""
-OUT = 1e4
-"""Noise of a place among the keys that holds no pixel."""
 
 
 class Kriging(nn.Module):
@@ -69,8 +67,9 @@ class Kriging(nn.Module):
         key_features = _take(features, at)
         place = _places(h, w, series.device)[None].expand(b, -1, -1)
         key_place = _take(place, at)
-        kernel = self._kernel(key_place, key_features, key_place, key_features)
-        noise = self.log_noise.exp() + (1.0 - there) * OUT
+        both = there[:, :, None] * there[:, None]
+        kernel = self._kernel(key_place, key_features, key_place, key_features) * both
+        noise = self.log_noise.exp() + (1.0 - there)  # a place without a pixel stays regular and says nothing
         matrix = kernel + torch.diag_embed(noise)
         values = _take(residual.flatten(2).transpose(1, 2), at) * there[..., None]  # (B, M, C)
         factor = torch.linalg.cholesky(matrix)
