@@ -16,10 +16,11 @@ from threadpoolctl import threadpool_limits
 
 from pipeline import store
 from pipeline.block import NO_SIGMA, OUTSIDE, Layers, compose_block, has_uncertainty
-from pipeline.errors import ReadError
+from pipeline.errors import ReadError, StoreError
 from pipeline.looks import Looks, LookStream, release_arrays
 from pipeline.reader import ReadPool, keep_open
 from pipeline.recipe import Recipe
+from pipeline.records import RunFolder
 
 _NO_BOUND: Final = 1_000_000
 """Reads queued at a time: the stream itself asks for one sub-block ahead and no more."""
@@ -51,8 +52,16 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def run_task(recipe: Recipe, task: Task, path: str, slot: int) -> Report:
+def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | None = None) -> Report:
     """Read, mask, compose and write one task; called on a worker.
+
+    Args:
+        recipe: what decides the pixels.
+        task: the rectangle.
+        path: of the store.
+        slot: of the period.
+        fence: write only while the store's records name this run; a task that outlived its client must not write into
+            a store that another run began anew.
 
     Raises:
         StoreError: if the store cannot be written. A read that fails is reported, not raised.
@@ -67,6 +76,8 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int) -> Report:
             _place(layers, recipe, task, looks.rows, looks.cols, _compose(recipe, looks), report)
         report.failures, report.scenes = stream.failures, len(stream.seen)
         report.bytes_read, report.read_seconds, report.reads = pool.stats.bytes, pool.stats.seconds, pool.stats.reads
+    if fence is not None and (RunFolder(path).read("request.json") or {}).get("run") != fence:
+        raise StoreError(f"store {path}: another run began it anew meanwhile; nothing was written")
     for name in list(layers):
         store.write_region(path, recipe.grid, slot, task.rows, task.cols, {name: layers.pop(name)})
     report.seconds = time.perf_counter() - began
