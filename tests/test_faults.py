@@ -14,12 +14,13 @@ from small_region import InlineClient
 from pipeline.errors import ReadError, TooManyFailuresError
 from pipeline.faults import KINDS, Faults, Striker
 from pipeline.handles import HANDLES, with_dataset
+from pipeline.layers import FLAGS
 from pipeline.mosaic import build
 from pipeline.profiles import Profile, Retry, load_profile
 from pipeline.records import RunFolder
 from pipeline.relay import Source, hash_name, verified
 from pipeline.serve import RangeServer
-from pipeline.store import FLAGS, open_mosaic
+from pipeline.store import open_mosaic
 
 QUICK = Retry(tries=4, backoff_s=0.02, request_tries=8, request_budget_s=20)
 
