@@ -3,7 +3,8 @@
 A rectangle is worked in strips of rows, a strip in sub-blocks from left to right. The mask's rasters are read and grown
 once for a strip. Bands go straight into the sub-block's array; where sub-blocks overlap (the method looks around), the
 overlap is copied from the left neighbour instead of read again. While one sub-block is composed, the reads of the
-next are in flight. Cuts fall on the blocks of the source files. None of this changes a byte of what comes out.
+next are in flight, if memory allows. Cuts fall on the blocks of the source files. None of this changes a byte of what
+comes out.
 """
 
 import itertools
@@ -149,11 +150,17 @@ class LookStream:
                 self._grow(strip)
             failed = self._gather(strip, block)
             here, now = strip, block
-            if following is not None:
-                same = following[0] == block.rows
-                strip = strip if same else self._ask_strip(following[0])
-                block = self._ask_block(*following, block if same else None)
-            yield self._mask(here, now, failed)
+            if following is None:
+                yield self._mask(here, now, failed)
+                return
+            same = following[0] == now.rows
+            strip = strip if same else self._ask_strip(following[0])
+            if recipe.ahead:
+                block = self._ask_block(*following, now if same else None)
+                yield self._mask(here, now, failed)
+            else:
+                yield self._mask(here, now, failed)
+                block = self._ask_block(*following, None)
 
     # -- masks ----------------------------------------------------------------------------------------------
 
@@ -209,7 +216,7 @@ class LookStream:
 
     def _array(self, shape: tuple[int, ...]) -> Codes:
         """One of this thread's two arrays in turn: fresh memory costs as much as the copying it would be used for."""
-        self._turn = 1 - self._turn
+        self._turn = 1 - self._turn if self.recipe.ahead else 0
         if not hasattr(_held, "arrays"):
             _held.arrays = [np.empty(0, np.uint16), np.empty(0, np.uint16)]
         size = int(np.prod(shape))

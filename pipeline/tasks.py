@@ -6,15 +6,14 @@ Dask graph lives inside a task.
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from pipeline import store
+from pipeline.blas import one_blas_thread
 from pipeline.block import NO_SIGMA, OUTSIDE, Layers, compose_block, has_uncertainty
 from pipeline.errors import ReadError, StoreError
 from pipeline.looks import Looks, LookStream, release_arrays
@@ -70,7 +69,7 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | N
     report = Report(task)
     layers: dict[str, NDArray[Any]] = {}
     keep_open(recipe.open_files)
-    with _settings(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
+    with one_blas_thread(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
         stream = LookStream(recipe, task.rows, task.cols, pool)
         for looks in stream:
             _place(layers, recipe, task, looks.rows, looks.cols, _compose(recipe, looks), report)
@@ -92,7 +91,7 @@ def compose_window(recipe: Recipe, rows: tuple[int, int], cols: tuple[int, int])
     """
     origin = (recipe.grid.row0 + rows[0], recipe.grid.col0 + cols[0])
     whole = replace(recipe, cut_px=(rows[1] - rows[0], cols[1] - cols[0]), origin=origin)
-    with _settings(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
+    with one_blas_thread(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
         stream = LookStream(whole, rows, cols, pool)
         (block,) = [_compose(whole, looks) for looks in stream]
     release_arrays()
@@ -101,11 +100,6 @@ def compose_window(recipe: Recipe, rows: tuple[int, int], cols: tuple[int, int])
         raise ReadError(f"{len(stream.failures)} reads failed, the first: {item} {band}: {why}")
     apply_area(block, recipe.area(rows, cols))
     return block
-
-
-def _settings() -> AbstractContextManager[Any]:
-    """One thread for linear algebra: two processes share two cores, and bits must not depend on it."""
-    return threadpool_limits(1)
 
 
 def _compose(recipe: Recipe, looks: Looks) -> Layers:
