@@ -231,23 +231,30 @@ def search(
 
 @app.command()
 def status(
-    store: Annotated[Path, typer.Argument(help="Zarr store of a job.")],
+    store: Annotated[str, typer.Argument(help="Zarr store of a job.", show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all is finished.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say how far a store is: periods, shards, failed reads.
+    """Say how far a store is: periods, shards, failed reads; while a run goes on and after.
 
-    Example: [bold]cloudgate status out/graz.zarr[/bold]
+    Example: [bold]cloudgate status out/graz.zarr --watch[/bold]
     """
     with _kind(debug):
+        import time
+
         from pipeline.progress import show_status
         from pipeline.status import status as look
 
-        found = look(store)
-        if as_json:
-            _print_json(found)
-        else:
-            show_status(found)
+        while True:
+            found = look(store)
+            if as_json:
+                _print_json(found)
+            else:
+                show_status(found)
+            if not watch or all(period["state"] == "finished" for period in found["periods"]):
+                return
+            time.sleep(5)
 
 
 @app.command()

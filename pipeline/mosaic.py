@@ -27,6 +27,7 @@ from pipeline.grid import Grid
 from pipeline.identity import check_store, wish_of
 from pipeline.items import Acquisition, day_text
 from pipeline.jobfile import job_json
+from pipeline.journal import recording
 from pipeline.lock import Held, hold
 from pipeline.periods import Period, first_periods, periods
 from pipeline.planning import Plan, plan_tasks
@@ -122,7 +123,7 @@ def build(
             wanted = list(request.schedule)
         else:
             request, wanted = _series_request(job, path, run, request, slots)
-        with _client(job, client) as connected:
+        with recording(progress, run.objects, str(path)) as progress, _client(job, client) as connected:
             if link := getattr(connected, "dashboard_link", None):
                 progress.say(f"dashboard: {link}")
             if job.output.overviews and stores.read_attrs(path):
@@ -132,6 +133,8 @@ def build(
                     _begin_slot(request, period, path, run, anew=anew)
                 made = _build_period(request, period, path, run, connected, progress, lock, seen.get(period.slot))
                 summary.periods.append(made)
+                state = "finished" if made["published"] else "empty"
+                progress.event("period", period=period.slot, state=state, message=made["message"])
     summary.seconds = time.perf_counter() - began
     if not any(p["published"] for p in summary.periods):
         first = next(p["message"] for p in summary.periods)

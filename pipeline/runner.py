@@ -29,6 +29,9 @@ class Progress(Protocol):
     def step(self, units: int, *, megabytes: float = 0.0) -> None:
         """So many units are done, so many megabytes were read for them."""
 
+    def event(self, what: str, **facts: Any) -> None:
+        """Something happened (a task came back, a period ended), for machines."""
+
 
 class Silent:
     """Tells nothing."""
@@ -40,6 +43,9 @@ class Silent:
         """Drop it."""
 
     def step(self, units: int, *, megabytes: float = 0.0) -> None:
+        """Drop it."""
+
+    def event(self, what: str, **facts: Any) -> None:
         """Drop it."""
 
 
@@ -82,6 +88,9 @@ def run_tasks(
         for note in report.notes:
             progress.say(f"task at {report.task.rows[0]}, {report.task.cols[0]}: {note}")
         progress.step(len(report.task.shards), megabytes=report.bytes_read / 1e6)
+        row, col = report.task.shards[0]
+        facts = {name: value for name, value in _facts(report).items() if name != "failures"}
+        progress.event("task", period=slot, task=f"{slot}-{row}-{col}", **facts)
 
 
 def _name(task: Task, slot: int) -> tuple[str, str]:
@@ -178,6 +187,7 @@ def _facts(report: Report) -> dict[str, Any]:
     return {
         "seconds": round(report.seconds, 3),
         "read_seconds": round(report.read_seconds, 3),
+        "memory_bytes": report.memory_bytes,
         "bytes_read": report.bytes_read,
         "reads": report.reads,
         "failures": [list(f) for f in report.failures[:200]],

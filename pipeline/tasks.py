@@ -4,9 +4,12 @@ A task streams its rectangle in sub-blocks (``pipeline.looks``), composes each a
 Dask graph lives inside a task.
 """
 
+import resource
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -48,6 +51,7 @@ class Report:
     unfilled: int = 0
     outside: int = 0
     scenes: int = 0
+    memory_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -66,6 +70,7 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | N
         StoreError: if the store cannot be written. A read that fails is reported, not raised.
     """
     began = time.perf_counter()
+    forget_peak()
     report = Report(task)
     layers: dict[str, NDArray[Any]] = {}
     keep_open(recipe.open_files)
@@ -79,8 +84,22 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | N
         raise StoreError(f"store {path}: another run began it anew meanwhile; nothing was written")
     for name in list(layers):
         store.write_region(path, recipe.grid, slot, task.rows, task.cols, {name: layers.pop(name)})
-    report.seconds = time.perf_counter() - began
+    report.seconds, report.memory_bytes = time.perf_counter() - began, peak_bytes()
     return report
+
+
+def forget_peak() -> None:
+    """Begin to measure this process's peak of memory anew, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Most resident bytes since ``forget_peak`` (elsewhere than on Linux: since the process began)."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def compose_window(recipe: Recipe, rows: tuple[int, int], cols: tuple[int, int]) -> Layers:
