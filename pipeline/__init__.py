@@ -11,7 +11,7 @@ The way of the data, one file per step::
     mosaic.build       the same, task by task on a Dask cluster, into a Zarr store
     store.open_mosaic  the finished mosaic as plain xarray
     view.explore       the same as a map page
-    tick.tick          what is due of a schedule, period by period
+    periodic.tick      what is due of a schedule, period by period
 
 Public names are imported on first use, so ``import pipeline`` is quick.
 """
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from pipeline.jobfile import load_job
     from pipeline.lazy import compose, fill_series, grid_for, harmonise, open_cube
     from pipeline.mask import cloud_mask
+    from pipeline.models.weights import load_model
     from pipeline.mosaic import build, plan
+    from pipeline.periodic import backfill, tick
     from pipeline.schedule import load_schedule
     from pipeline.store import open_mosaic
-    from pipeline.tick import backfill, tick
     from pipeline.view import explore
 
 _HOMES = {
-    "backfill": "pipeline.tick",
+    "backfill": "pipeline.periodic",
     "build": "pipeline.mosaic",
     "cloud_mask": "pipeline.mask",
     "compose": "pipeline.lazy",
@@ -40,12 +41,13 @@ _HOMES = {
     "grid_for": "pipeline.lazy",
     "harmonise": "pipeline.lazy",
     "load_job": "pipeline.jobfile",
+    "load_model": "pipeline.models.weights",
     "load_schedule": "pipeline.schedule",
     "open_cube": "pipeline.lazy",
     "open_mosaic": "pipeline.store",
     "plan": "pipeline.mosaic",
     "search": "pipeline.catalog",
-    "tick": "pipeline.tick",
+    "tick": "pipeline.periodic",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "grid_for",
     "harmonise",
     "load_job",
+    "load_model",
     "load_schedule",
     "open_cube",
     "open_mosaic",

@@ -61,6 +61,7 @@ class _Looks:
     row0: int
     col0: int
     core: tuple[slice, slice]
+    bits: NDArray[np.uint8] | None = None
 
     @property
     def inner(self) -> tuple[Codes, NDArray[np.bool_]]:
@@ -143,6 +144,7 @@ def compose_block(
     col0: int,
     core: tuple[slice, slice] | None = None,
     failed: NDArray[np.bool_] | None = None,
+    bits: NDArray[np.uint8] | None = None,
 ) -> Layers:
     """Compose the looks of one block.
 
@@ -157,12 +159,14 @@ def compose_block(
         col0: global column of ``codes[..., 0]``.
         core: the part without halo, all of it by default; only this part comes back.
         failed: (H, W) bool, a read failed here.
+        bits: (T, H, W) uint8, what hides a look: 1 cloud, 2 shadow, 4 no data; for learned methods, which take a look
+            that is not clear for both clouded and shaded without it.
 
     Returns:
         ``Layers`` of the core.
     """
     rows, cols = core or (slice(0, codes.shape[2]), slice(0, codes.shape[3]))
-    looks = _Looks(codes, clear, days, row0, col0, (rows, cols))
+    looks = _Looks(codes, clear, days, row0, col0, (rows, cols), bits)
     inner, inner_clear = looks.inner
     height, width = inner.shape[2:]
     count = composite.clear_count(inner_clear)
@@ -220,6 +224,7 @@ def _complete(looks: _Looks, method: Method, target: int, layer: int, weight: ND
             row0=looks.row0,
             col0=looks.col0,
             core=looks.core,
+            bits=looks.bits,
             within=weight > 0,  # all anchors have the same looks, so that none has to stand in for another
         )
         observed = np.zeros(inner_clear.shape[1:], bool) if layer == INTERPOLATE else inner_clear[layer]

@@ -1,7 +1,11 @@
 """The command line: thin. In come arguments, out come calls of the Python API, and errors as one kind paragraph."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,6 +139,7 @@ def mosaic(
     out: Annotated[str | None, typer.Option(help="Store to write, instead of the job's output.store.")] = None,
     overrides: Overrides = None,
     restart: Annotated[bool, typer.Option(help="Remove an existing store of this path and start over.")] = False,
+    wait: Annotated[float, typer.Option(help="Wait so many seconds if another run works on the store.")] = 0.0,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -148,7 +153,9 @@ def mosaic(
         from pipeline.progress import terminal
 
         with terminal(quiet=as_json) as progress:
-            summary = build(job=load_job(job, overrides=overrides or (), store=out), restart=restart, progress=progress)
+            summary = build(
+                job=load_job(job, overrides=overrides or (), store=out), restart=restart, progress=progress, wait_s=wait
+            )
         if as_json:
             _print_json(summary.__dict__)
             return
@@ -224,23 +231,30 @@ def search(
 
 @app.command()
 def status(
-    store: Annotated[Path, typer.Argument(help="Zarr store of a job.")],
+    store: Annotated[str, typer.Argument(help="Zarr store of a job.", show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all is finished.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say how far a store is: periods, shards, failed reads.
+    """Say how far a store is: periods, shards, failed reads; while a run goes on and after.
 
-    Example: [bold]cloudgate status out/graz.zarr[/bold]
+    Example: [bold]cloudgate status out/graz.zarr --watch[/bold]
     """
     with _kind(debug):
+        import time
+
         from pipeline.progress import show_status
         from pipeline.status import status as look
 
-        found = look(store)
-        if as_json:
-            _print_json(found)
-        else:
-            show_status(found)
+        while True:
+            found = look(store)
+            if as_json:
+                _print_json(found)
+            else:
+                show_status(found)
+            if not watch or all(period["state"] == "finished" for period in found["periods"]):
+                return
+            time.sleep(5)
 
 
 @app.command()
@@ -441,13 +455,27 @@ def doctor(
 
 def main() -> None:
     """Entry point of the command ``cloudgate``."""
+    # What ends a job politely (a scheduler, a container's stop) must release its cluster too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    code = 0
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:
         typer.secho(
             "cloudgate: interrupted; the same command goes on where it stopped", err=True, fg=typer.colors.YELLOW
         )
-        sys.exit(130)
+        code = 130
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    end = time.monotonic() + 5
+    others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    for thread in others:
+        thread.join(max(0.0, end - time.monotonic()))
+    if any(thread.is_alive() for thread in others):  # a read that hangs must not hold up the end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

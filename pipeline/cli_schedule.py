@@ -1,4 +1,4 @@
-"""The commands of ``cloudgate schedule``: thin. In come arguments, out come calls of ``agenda`` and ``tick``."""
+"""The commands of ``cloudgate schedule``: thin. In come arguments, out come calls of ``agenda`` and ``periodic``."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from pipeline.console import AsJson, Debug, Overrides, kind, print_json
 from pipeline.errors import CloudgateError, ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.tick import TickReport
+    from pipeline.periodic import TickReport
 
 app = typer.Typer(help="Periodic mosaics: list, tick, backfill, run.", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -68,10 +68,10 @@ def tick(
     Example: [bold]cloudgate schedule tick austria.yaml --set cluster.kind=kubernetes[/bold]
     """
     with kind(debug):
+        from pipeline.periodic import read_item
+        from pipeline.periodic import tick as run_due
         from pipeline.progress import terminal
         from pipeline.schedule import load_schedule
-        from pipeline.tick import read_item
-        from pipeline.tick import tick as run_due
 
         loaded = load_schedule(schedule, overrides=overrides or ())
         event = read_item(_text(item)) if item else None
@@ -97,9 +97,9 @@ def backfill(
     Example: [bold]cloudgate schedule backfill austria.yaml --from 2019-01-01 --to 2023-12-31[/bold]
     """
     with kind(debug):
+        from pipeline.periodic import backfill as fill
         from pipeline.progress import terminal
         from pipeline.schedule import load_schedule
-        from pipeline.tick import backfill as fill
 
         loaded = load_schedule(schedule, overrides=overrides or ())
         start, end = _day("--from", first), _day("--to", last)
@@ -129,9 +129,9 @@ def run(
     Example: [bold]cloudgate schedule run austria.yaml --every-minutes 60[/bold]
     """
     with kind(debug):
+        from pipeline.periodic import tick as run_due
         from pipeline.progress import terminal
         from pipeline.schedule import load_schedule
-        from pipeline.tick import tick as run_due
 
         load_schedule(schedule, overrides=overrides or ())  # a wrong one is told at once
         while True:

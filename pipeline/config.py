@@ -285,19 +285,48 @@ class Output(_Base):
 
 
 class Cluster(_Base):
-    """What computes."""
+    """What computes. Fields that a kind does not know are left alone."""
 
-    kind: Literal["local", "address"] = Field("local", description="local processes, or a running Dask scheduler")
-    workers: int = Field(2, ge=1, description="worker processes (local)")
+    kind: Literal["local", "local-cuda", "address", "kubernetes", "gateway", "slurm"] = Field(
+        "local",
+        description="local processes; local-cuda: one process per visible GPU; address: a running Dask scheduler; "
+        "kubernetes: a DaskCluster of the Dask operator; gateway: a Dask Gateway; slurm: jobs of dask-jobqueue",
+    )
+    workers: int = Field(2, ge=1, description="worker processes; the most of them where the cluster grows on demand")
     reads_per_worker: int | None = Field(
         None, ge=1, description="reads in flight per worker; default 2 from files, 8 over a network"
     )
-    address: str | None = Field(None, description="tcp://host:port of the scheduler (kind: address)")
+    wait_s: float = Field(
+        120, gt=0, description="how long a cluster may take to come up, and a run waits while it has no worker at all"
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="what a task asks of its worker, such as {GPU: 1}; local-cuda sets it itself"
+    )
+    address: str | None = Field(None, description="tcp://host:port of the scheduler (address), URL of the gateway")
+    image: str | None = Field(None, description="container image of scheduler and workers (kubernetes)")
+    namespace: str | None = Field(
+        None, description="namespace (kubernetes); default: the one of this pod or kubeconfig"
+    )
+    secret: str | None = Field(None, description="name of a Secret whose keys workers get as environment (kubernetes)")
+    idle_timeout_s: int = Field(
+        600,
+        ge=60,
+        description="a cluster that nobody uses ends after so long, even if its client was killed (kubernetes)",
+    )
+    queue: str | None = Field(None, description="partition (slurm)")
+    account: str | None = Field(None, description="account (slurm)")
+    walltime: str = Field("04:00:00", description="time limit of one worker's job, HH:MM:SS (slurm)")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="passed on as they are: cluster options (gateway), arguments of SLURMCluster (slurm)",
+    )
 
     @model_validator(mode="after")
-    def _address(self) -> Self:
+    def _needs(self) -> Self:
         if self.kind == "address" and not self.address:
             raise ValueError("kind: address needs address: tcp://host:port")
+        if self.kind == "kubernetes" and not self.image:
+            raise ValueError("kind: kubernetes needs image: REGISTRY/NAME:TAG, an image that holds this cloudgate")
         return self
 
 
@@ -306,6 +335,14 @@ class Limits(_Base):
 
     memory_gb_per_worker: float = Field(4, gt=0.5, description="memory of one worker process in GB (10^9 bytes)")
     max_failed_fraction: float = Field(0.05, ge=0, le=1, description="share of (item, band, task) reads that may fail")
+    task_timeout_s: float = Field(
+        1800, gt=0, description="a task that takes longer ends with its worker process and is tried once more"
+    )
+    verify_checksums: bool = Field(
+        False,
+        description="fetch each file that carries a file:checksum whole, and read it once it agrees; costs the bytes "
+        "of whole files",
+    )
 
 
 class Job(_Base):

@@ -55,6 +55,8 @@ def digest(items: Sequence[Item]) -> str:
         data = item.to_dict()
         del data["offset_reason"]
         for asset in data["assets"].values():
+            if asset["checksum"] is None:
+                del asset["checksum"]
             asset["href"] = asset["href"].partition("?")[0].replace("\\", "/").rpartition("/")[2]
         plain.append(data)
     return hashlib.sha256(_canonical(plain).encode()).hexdigest()

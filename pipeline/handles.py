@@ -1,9 +1,9 @@
 """Open rasters: in come an href and a catalog's ``Profile``, out comes an open dataset, lent to one thread at a time.
 
 Datasets stay open between reads in one LRU for the process, since opening costs as much as reading. Faults are told
-apart here: what may pass is retried with doubling, jittered waits after GDAL's cache of that address is cleared (else
-a truncated answer would be served again); a 403 renews the token once; the rest is a ``ReadError`` at once. Messages
-carry GDAL's own words, which rasterio keeps in the chain of causes, and never a query string.
+apart here: what may pass is retried with doubling, jittered waits, through the relay and after GDAL's cache of that
+address is cleared (else a truncated answer would be served again); a 403 renews the token; the rest is a ``ReadError``
+at once. Messages carry GDAL's own words, which rasterio keeps in the chain of causes, and never a query string.
 """
 
 import atexit
@@ -24,6 +24,7 @@ from rasterio.io import DatasetReader
 
 from pipeline.errors import ReadError
 from pipeline.profiles import Profile
+from pipeline.relay import Source, relayed
 from pipeline.signing import auth_settings, redact, sign
 
 DEFAULTS: Final = {
@@ -33,10 +34,14 @@ DEFAULTS: Final = {
     "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
     "GDAL_HTTP_CONNECTTIMEOUT": "10",
-    "GDAL_HTTP_TIMEOUT": "60",
+    "GDAL_HTTP_TIMEOUT": "120",
+    "GDAL_HTTP_LOW_SPEED_TIME": "20",  # a stalled answer is given up long before that
+    "GDAL_HTTP_LOW_SPEED_LIMIT": "1000",
     "GDAL_HTTP_MAX_RETRY": "0",  # retries are counted and recorded here, not inside GDAL
     "GDAL_NUM_THREADS": "1",
 }
+RELAYED: Final = {"GDAL_HTTP_TIMEOUT": "3600", "GDAL_HTTP_LOW_SPEED_TIME": "0", "GDAL_HTTP_HEADERS": ""}
+"""The relay itself knows how long to wait, and has the credentials."""
 BLOCK_CACHE_BYTES: Final = 64 * 2**20
 """Larger costs page faults and memory; raise it where windows cut through blocks and come back to them."""
 MAX_OPEN: Final = 400
@@ -174,6 +179,7 @@ class Handles:
 HANDLES: Final = Handles()
 atexit.register(HANDLES.close)  # datasets left to the interpreter's end complain on stderr
 _bounded = threading.Event()
+_believed: Final[set[str]] = set()
 
 
 def bound_block_cache(size_bytes: int = BLOCK_CACHE_BYTES) -> None:
@@ -188,52 +194,84 @@ def with_dataset[T](
     action: Callable[[DatasetReader], T],
     *,
     level: int | None = None,
+    expect: Callable[[DatasetReader], bool] | None = None,
 ) -> T:
     """Run ``action`` on the open dataset of ``href``, again after a fault that may pass.
+
+    The first attempt reads straight from the source. The others go through the relay, which retries each HTTP request
+    by itself (``pipeline.relay``), and after bytes that cannot be decoded asks until two answers agree.
 
     Args:
         href: unsigned location.
         profile: credentials, retry policy and GDAL settings; None for plain files and public addresses.
         action: reads from the dataset; run again as a whole on a retry.
         level: overview to open, None for full resolution.
+        expect: whether a remote file's header is as its item says; if not, it is read again with care, and then
+            believed.
 
     Raises:
         ReadError: when it cannot be read; ``transient`` says whether waiting may help.
     """
     if not _bounded.is_set() and "GDAL_CACHEMAX" not in os.environ:
         bound_block_cache()
+    http = href.startswith(("http://", "https://"))
     settings = gdal_settings(profile)
     tries, backoff = (profile.retry.tries, profile.retry.backoff_s) if profile else (4, 0.5)
     refused: str | None = None
+    source: Source | None = None
     attempt = 1
-    with rasterio.Env(**settings):
-        while True:
-            address = ""
-            try:
+    while True:
+        address = ""
+        try:
+            if source is not None:
+                believe = source.agree or href in _believed
+                with (
+                    relayed(source) as address,
+                    rasterio.Env(**{**settings, **RELAYED}),
+                    _open(address, level) as dataset,
+                ):
+                    _check_header(dataset, href, None if believe else expect)
+                    result = action(dataset)
+                    if source.agree and expect and not expect(dataset):
+                        _believed.add(href)
+                    return result
+            with rasterio.Env(**settings):
                 # After a fault only a fresh dataset will do: others that are idle may hold the same stale token.
                 first = attempt == 1 and refused is None
-                address, dataset = (HANDLES.take(href, level) if first else None) or ("", None)
-                if dataset is None:
+                address, idle = (HANDLES.take(href, level) if first else None) or ("", None)
+                if idle is None:
                     address = sign(href, profile.auth, refused=refused) if profile else href
-                    dataset = _open(address, level)
+                    idle = _open(address, level)
                 try:
-                    result = action(dataset)
+                    _check_header(idle, href, expect if http and href not in _believed else None)
+                    result = action(idle)
                 except BaseException:
-                    dataset.close()
+                    idle.close()
                     raise
-                HANDLES.give(href, level, address, dataset)
+                HANDLES.give(href, level, address, idle)
                 return result
-            except (RasterioError, CPLE_BaseError, OSError) as error:
-                said = words(error)
-            fault = classify(said, remote=is_remote(href))
+        except (RasterioError, CPLE_BaseError, OSError) as error:
+            said = words(error)
+        if source is not None and source.gave_up is not None:
+            raise source.gave_up
+        fault = classify(said, remote=is_remote(href))
+        with rasterio.Env(**settings):
             _forget(address, href)
-            if fault == "forbidden" and refused is None:
-                refused = address  # once: a token may have run out since the dataset was opened
-                continue
-            if fault != "transient" or attempt >= tries:
-                raise ReadError(_message(href, said, fault, attempt), transient=fault == "transient")
-            time.sleep(min(backoff * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.5))  # noqa: S311 - a jitter
-            attempt += 1
+        if fault == "forbidden" and refused is None:
+            refused = address  # once: a token may have run out since the dataset was opened
+            continue
+        if (fault != "transient" and not (fault == "forbidden" and http)) or attempt >= tries:
+            raise ReadError(_message(href, said, fault, attempt), transient=fault == "transient")
+        if http:
+            # What neither server nor connection complained of may be bytes that came over wrong.
+            source = Source(href, profile, agree=attempt > 1 or not _PASSING.search(said))
+        time.sleep(min(backoff * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.5))  # noqa: S311 - a jitter
+        attempt += 1
+
+
+def _check_header(dataset: DatasetReader, href: str, expect: Callable[[DatasetReader], bool] | None) -> None:
+    if expect is not None and not expect(dataset):
+        raise OSError(f"the header of {redact(href)} is not what its item says")
 
 
 def _open(address: str, level: int | None) -> DatasetReader:

@@ -27,6 +27,7 @@ class Asset:
         scale: reflectance per DN.
         offset: additive offset in reflectance as the metadata say (not trusted by itself), None where silent.
         requester_pays: the reader must name itself as the one who pays for the traffic (S3).
+        checksum: of the whole file, multihash in hex (``file:checksum``), None where there is none.
     """
 
     href: str
@@ -37,6 +38,7 @@ class Asset:
     scale: float = 1e-4
     offset: float | None = None
     requester_pays: bool = False
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)

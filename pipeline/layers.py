@@ -92,11 +92,18 @@ def layer_specs(bands: Sequence[str], *, uncertainty: bool) -> dict[str, LayerSp
     return specs
 
 
-def array_metadata(spec: LayerSpec, grid: Grid, slots: int) -> ArrayV3Metadata:
-    """Metadata of one layer's array ``(time, y, x)``: chunks of ``CHUNK_PX``, in shards of ``grid.shard_px``."""
+def array_metadata(spec: LayerSpec, grid: Grid, slots: int, *, overview: bool = False) -> ArrayV3Metadata:
+    """Metadata of one layer's array ``(time, y, x)``: chunks of ``CHUNK_PX``, in shards of ``grid.shard_px``.
+
+    Overviews are packed harder, since averages compress worse: with the codec of level 0 they were 39 % of the demo's
+    mosaic, with this one 35 %, for half as much time again (level 9: 33 %, ten times the time).
+    """
     shard = (1, grid.shard_px, grid.shard_px)
     chunk = (1, min(CHUNK_PX, grid.shard_px), min(CHUNK_PX, grid.shard_px))
-    blosc = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=np.dtype(spec.dtype).itemsize)
+    packing: dict[str, Any] = (
+        {"clevel": 5, "shuffle": "shuffle"} if overview else {"clevel": 3, "shuffle": "bitshuffle"}
+    )
+    blosc = BloscCodec(cname="zstd", **packing, typesize=np.dtype(spec.dtype).itemsize)
     inner: list[Any] = [{"name": "bytes", "configuration": {"endian": "little"}}, blosc.to_dict()]
     sharding: dict[str, Any] = {
         "name": "sharding_indexed",

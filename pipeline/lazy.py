@@ -19,7 +19,7 @@ from pipeline import learned, regression
 from pipeline.anchors import AnchorMap
 from pipeline.bands import BANDS, CODE_MAX, to_codes, to_reflectance
 from pipeline.block import NO_SIGMA, check_method, compose_block, halo_px, has_uncertainty
-from pipeline.config import METHODS, Area, GridSpec, Method
+from pipeline.config import LEARNED, METHODS, Area, GridSpec, Method
 from pipeline.cube import open_cube as open_items
 from pipeline.errors import ConfigError
 from pipeline.frozen import SearchResult
@@ -135,7 +135,7 @@ def compose(
 
     Args:
         cube: from ``open_cube``: ``reflectance (time, band, y, x)`` float32, NaN = no data.
-        clouds: from ``cloud_mask``: ``clear (time, y, x)`` bool.
+        clouds: from ``cloud_mask``: ``clear (time, y, x)`` bool; learned methods ask for ``cloud`` and ``shadow`` too.
         method: see ``pipeline.config.METHODS``.
         target: the day to show; default the middle of the cube's days.
         anchors: which acquisition to complete where, from ``scout``; by default the one nearest to the target,
@@ -156,6 +156,10 @@ def compose(
     spec = Method.model_validate({"name": method, **options})
     bands = [str(name) for name in cube["band"].values]
     check_method(spec, bands)
+    marks = clouds["clear"].data
+    if told := spec.name in LEARNED:
+        marks = clouds["cloud"].data * np.uint8(1) + clouds["shadow"].data * np.uint8(2)
+        marks = da.where(clouds["clear"].data, np.uint8(0), da.where(marks == 0, np.uint8(4), marks))
     spec = learned.prepare(spec, bands)
     days = cube["solar_day"].values.astype("datetime64[D]").astype(np.int32)
     day = _day(target, days)
@@ -164,11 +168,12 @@ def compose(
         anchors = AnchorMap(1 << 20, 0, 0, (nearest,), np.ones((1, 2, 2), np.float32))
 
     def block(
-        codes: NDArray[np.uint16], clear: NDArray[np.bool_], row0: int, col0: int, core: tuple[slice, slice]
+        codes: NDArray[np.uint16], marks: NDArray[Any], row0: int, col0: int, core: tuple[slice, slice]
     ) -> NDArray[Any]:
         made = compose_block(
             codes=codes,
-            clear=clear,
+            clear=marks == 0 if told else marks,
+            bits=marks if told else None,
             days=days,
             method=spec,
             target=day,
@@ -188,7 +193,7 @@ def compose(
 
     names = [*bands, "clear_count", "source_date", "flags"]
     names += [f"uncertainty_{band}" for band in bands] if has_uncertainty(spec) else []
-    stacked = _map(cube, clouds, halo_px(spec), block, (len(names),), np.int32)
+    stacked = _map(cube, marks, halo_px(spec), block, (len(names),), np.int32)
     if trim_px:
         stacked = stacked[:, trim_px:-trim_px, trim_px:-trim_px]
     inner = slice(trim_px, -trim_px or None)
@@ -228,7 +233,7 @@ def fill_series(
         )
         return to_reflectance(filled[:, :, core[0], core[1]])
 
-    data = _map(cube, clouds, regression.HALO_PX, block, shape, np.float32)
+    data = _map(cube, clouds["clear"].data, regression.HALO_PX, block, shape, np.float32)
     return cube["reflectance"].copy(data=data)
 
 
@@ -242,11 +247,12 @@ def _day(target: date | str | None, days: NDArray[np.int32]) -> int:
     return (chosen - EPOCH).days
 
 
-def _map(
-    cube: xr.Dataset, clouds: xr.Dataset, depth: int, block: Blocks, leading: tuple[int, ...], dtype: Any
-) -> da.Array:
-    """Map ``block`` over spatial chunks with ``depth`` pixels of neighbours; nothing is computed."""
-    reflectance, clear = da.asarray(cube["reflectance"].data), da.asarray(clouds["clear"].data)
+def _map(cube: xr.Dataset, marks: Any, depth: int, block: Blocks, leading: tuple[int, ...], dtype: Any) -> da.Array:
+    """Map ``block`` over spatial chunks with ``depth`` pixels of neighbours; nothing is computed.
+
+    ``marks`` is what goes along with the codes: (time, y, x), clear looks or what hides them.
+    """
+    reflectance, clear = da.asarray(cube["reflectance"].data), da.asarray(marks)
     spatial = _large_enough(reflectance.chunks[2:], depth)
     codes = da.map_blocks(to_codes, reflectance, dtype=np.uint16, meta=np.empty((0,) * 4, np.uint16))
     codes = codes.rechunk((-1, -1, *spatial))

@@ -2,13 +2,13 @@
 
 It lies in ``<store>.run/`` and is changed by compare-and-swap only: read it, change a copy, write the copy if nobody
 was quicker, else begin again. So any number of ticks, workers and people may write at the same time and no outcome is
-lost. A ledger that cannot be read is set aside and made again from the run records (``pipeline.tick``).
+lost. A ledger that cannot be read is set aside and made again from the run records (``pipeline.periodic``).
 """
 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, Literal, Self
 
@@ -60,9 +60,9 @@ class Ledger:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        periods = {str(slot): asdict(self.periods[slot]) for slot in sorted(self.periods)}
+        periods = {str(slot): vars(self.periods[slot]) for slot in sorted(self.periods)}
         data = {"format": FORMAT, "version": VERSION, "area": self.area, "seen": self.seen, "periods": periods}
-        return json.dumps(data, indent=1).encode()
+        return json.dumps(data).encode()  # no indent: the quick encoder knows none
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

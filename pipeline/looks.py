@@ -3,7 +3,8 @@
 A rectangle is worked in strips of rows, a strip in sub-blocks from left to right. The mask's rasters are read and grown
 once for a strip. Bands go straight into the sub-block's array; where sub-blocks overlap (the method looks around), the
 overlap is copied from the left neighbour instead of read again. While one sub-block is composed, the reads of the
-next are in flight. Cuts fall on the blocks of the source files. None of this changes a byte of what comes out.
+next are in flight, if memory allows. Cuts fall on the blocks of the source files. None of this changes a byte of what
+comes out.
 """
 
 import itertools
@@ -55,6 +56,8 @@ class Looks:
         failed: (H, W) bool, a read failed here; None where none did.
         bits: (T, h, w) uint8 on the mask's cells: cloud, shadow and no data as ``mask.grown_bits`` gives them.
         bits_offset: (row, col) of the arrays' [0, 0] inside ``bits``, in grid pixels.
+        hidden_by: (T, H, W) uint8, what hides a look, temporal check included: 1 cloud, 2 shadow, 4 no data; None where
+            the method does not ask.
     """
 
     rows: Span
@@ -65,6 +68,7 @@ class Looks:
     failed: NDArray[np.bool_] | None
     bits: NDArray[np.uint8]
     bits_offset: tuple[int, int]
+    hidden_by: NDArray[np.uint8] | None = None
 
 
 @dataclass
@@ -146,11 +150,17 @@ class LookStream:
                 self._grow(strip)
             failed = self._gather(strip, block)
             here, now = strip, block
-            if following is not None:
-                same = following[0] == block.rows
-                strip = strip if same else self._ask_strip(following[0])
-                block = self._ask_block(*following, block if same else None)
-            yield self._mask(here, now, failed)
+            if following is None:
+                yield self._mask(here, now, failed)
+                return
+            same = following[0] == now.rows
+            strip = strip if same else self._ask_strip(following[0])
+            if recipe.ahead:
+                block = self._ask_block(*following, now if same else None)
+                yield self._mask(here, now, failed)
+            else:
+                yield self._mask(here, now, failed)
+                block = self._ask_block(*following, None)
 
     # -- masks ----------------------------------------------------------------------------------------------
 
@@ -206,7 +216,7 @@ class LookStream:
 
     def _array(self, shape: tuple[int, ...]) -> Codes:
         """One of this thread's two arrays in turn: fresh memory costs as much as the copying it would be used for."""
-        self._turn = 1 - self._turn
+        self._turn = 1 - self._turn if self.recipe.ahead else 0
         if not hasattr(_held, "arrays"):
             _held.arrays = [np.empty(0, np.uint16), np.empty(0, np.uint16)]
         size = int(np.prod(shape))
@@ -287,12 +297,13 @@ class LookStream:
         assert strip.bits is not None
         dark, nir = temporal_bands(recipe.bands)
         left = strip.offset[1] + block.cols[0] - self.cols[0]
-        clear = np.empty((len(block.codes), *block.fine.shape), bool)
+        look = masks.look_bits if recipe.tells_shadow else masks.clear_looks
+        marks = np.empty((len(block.codes), *block.fine.shape), np.uint8)
         for top in range(
             0, block.fine.height, MASK_ROWS
         ):  # what is only passed on need not be held for the whole block
             codes = block.codes[:, :, top : top + MASK_ROWS]
-            clear[:, top : top + MASK_ROWS] = masks.clear_looks(
+            marks[:, top : top + MASK_ROWS] = look(
                 bits=strip.bits,
                 factor=recipe.factor,
                 offset=(strip.offset[0] + top, left),
@@ -303,5 +314,6 @@ class LookStream:
                 temporal_check=recipe.params.temporal_check,
                 rejected=np.array(recipe.rejected, bool),
             )
+        clear, hidden_by = (marks == 0, marks) if recipe.tells_shadow else (marks.view(bool), None)
         offset = (strip.offset[0], left)
-        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed, strip.bits, offset)
+        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed, strip.bits, offset, hidden_by)

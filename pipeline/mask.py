@@ -212,6 +212,23 @@ def clear_looks(
     return clear
 
 
+def look_bits(
+    *,
+    bits: State,
+    factor: int,
+    offset: tuple[int, int],
+    valid: Flags,
+    codes: Codes,
+    nir: Codes | None,
+    days: NDArray[np.int32],
+    temporal_check: bool,
+    rejected: Flags,
+) -> State:
+    """As ``clear_looks``, and what hides the others: uint8 (T, H, W), bit 1 cloud, 2 shadow, 4 no data, 0 = clear."""
+    there = _to_grid(bits, factor, offset, (codes.shape[1], codes.shape[2]))
+    return _checked_bits(there, codes, nir, valid, days=days, temporal_check=temporal_check, rejected=rejected)
+
+
 def _to_grid(cells: State, factor: int, offset: tuple[int, int], shape: tuple[int, int]) -> State:
     """Nearest-neighbour upsampling of (T, h, w) and the cut to the block."""
     (top, left), (height, width) = offset, shape

@@ -5,25 +5,29 @@ on where it stopped.
 """
 
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import store as stores
-from pipeline.cluster import connect
+from pipeline.cluster import connect, environment_of, logs_of, versions, within
 from pipeline.config import Cluster, Job
 from pipeline.errors import (
     ConfigError,
     NoItemsError,
     NothingClearError,
+    RunError,
     TooManyFailuresError,
 )
+from pipeline.flight import Orders
 from pipeline.frozen import digest, from_frozen, frozen_bytes
 from pipeline.grid import Grid
 from pipeline.identity import check_store, wish_of
 from pipeline.items import Acquisition, day_text
 from pipeline.jobfile import job_json
+from pipeline.journal import recording
 from pipeline.lock import Held, hold
 from pipeline.periods import Period, first_periods, periods
 from pipeline.planning import Plan, plan_tasks
@@ -119,7 +123,7 @@ def build(
             wanted = list(request.schedule)
         else:
             request, wanted = _series_request(job, path, run, request, slots)
-        with _client(job, client) as connected:
+        with recording(progress, run.objects, str(path)) as progress, _client(job, client) as connected:
             if link := getattr(connected, "dashboard_link", None):
                 progress.say(f"dashboard: {link}")
             if job.output.overviews and stores.read_attrs(path):
@@ -129,6 +133,8 @@ def build(
                     _begin_slot(request, period, path, run, anew=anew)
                 made = _build_period(request, period, path, run, connected, progress, lock, seen.get(period.slot))
                 summary.periods.append(made)
+                state = "finished" if made["published"] else "empty"
+                progress.event("period", period=period.slot, state=state, message=made["message"])
     summary.seconds = time.perf_counter() - began
     if not any(p["published"] for p in summary.periods):
         first = next(p["message"] for p in summary.periods)
@@ -187,7 +193,10 @@ def _request(job: Job, run: RunFolder, progress: Progress, request: Request | No
     for note in found.notes:
         progress.say(note)
     run.write_bytes(frozen_bytes(found), "items.json")
-    run.write({"wish": wish_of(job), "job": job_json(job), "grid": request.grid.to_dict()}, "request.json")
+    run.write(
+        {"wish": wish_of(job), "job": job_json(job), "grid": request.grid.to_dict(), "run": uuid.uuid4().hex},
+        "request.json",
+    )
     return request
 
 
@@ -203,7 +212,10 @@ def _series_request(
     record = run.read("request.json")
     if record is None:
         wish = wish_of(job, series=True)
-        run.write({"wish": wish, "job": job_json(job), "grid": request.grid.to_dict()}, "request.json")
+        run.write(
+            {"wish": wish, "job": job_json(job), "grid": request.grid.to_dict(), "run": uuid.uuid4().hex},
+            "request.json",
+        )
     grid = Grid.from_dict(record["grid"]) if record else request.grid
     schedule = tuple(first_periods(job, max([*slots, *_slots_of(path)]) + 1))
     return replace(request, job=job, grid=grid, schedule=schedule), [schedule[slot] for slot in slots]
@@ -266,7 +278,11 @@ def _build_period(
     recipe = recipe_of(request, period, acquisitions, seen)
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
-    run_tasks(recipe, tasks, path, period.slot, run, client, progress, guard=lock.check)
+    try:
+        run_tasks(recipe, tasks, path, period.slot, run, client, progress, guard=lock.check, orders=_orders(job, run))
+    except RunError:
+        _keep_logs(client, run, progress)
+        raise
     facts = tally(run.marks(period.slot))
     outcome |= facts | {
         "seconds": round(time.perf_counter() - began, 2),
@@ -286,9 +302,42 @@ def _build_period(
     return outcome
 
 
+def _orders(job: Job, run: RunFolder) -> Orders:
+    spec = job.cluster
+    return Orders(
+        timeout_s=job.limits.task_timeout_s,
+        wait_s=spec.wait_s,
+        width=2 * spec.workers if spec.kind in ("kubernetes", "gateway", "slurm") else 2,
+        resources=spec.resources,
+        fence=(run.read("request.json") or {}).get("run"),
+        versions=versions(),
+        environment=environment_of(spec),
+    )
+
+
+def _keep_logs(client: Any, run: RunFolder, progress: Progress) -> None:
+    """Keep what the cluster logged before it is released, in the records."""
+    said = logs_of(client) if hasattr(client, "get_worker_logs") else ""
+    if said:
+        run.write_bytes(said.encode(), "cluster.log")
+        progress.say(f"logs of the cluster: {run.where}/cluster.log")
+
+
 def _survey(request: Request, period: Period, acquisitions: Sequence[Acquisition], progress: Progress) -> Scouted:
     progress.begin("scout", sum(len(a.items) for a in acquisitions))
-    return survey(request, period, acquisitions, lambda _done, _all: progress.step(1))
+    last, limit = [time.monotonic()], request.job.limits.task_timeout_s
+
+    def step(_done: int, _all: int) -> None:
+        last[0] = time.monotonic()
+        progress.step(1)
+
+    try:
+        return within(limit, lambda: survey(request, period, acquisitions, step), lambda: last[0])
+    except TimeoutError as error:
+        raise RunError(
+            f"the scout waits for a scene for more than limits.task_timeout_s ({limit:g} s); mend the source or raise "
+            "the limit, then run the same command again"
+        ) from error
 
 
 def _survey_all(request: Request, progress: Progress) -> dict[int, Scouted]:

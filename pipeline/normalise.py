@@ -147,6 +147,7 @@ def _asset(
         scale=1.0 if is_mask else float(profile.scale if meta["scale"] is None else meta["scale"]),
         offset=None if is_mask or meta["offset"] is None else float(meta["offset"]),
         requester_pays=pays,
+        checksum=raw.get("file:checksum"),
     )
 
 

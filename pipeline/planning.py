@@ -47,6 +47,11 @@ CUTS_PX: Final = (
     (128, 128),
 )
 """Sub-blocks, best first for methods that look around; the others need none above 1024."""
+STREAMING: Final = frozenset({"mean", "linear", "nearest", "decay"})
+"""Methods that aggregate over time: a worker's memory must not follow the dates, however roomy the limit is."""
+STREAMING_GB: Final = (1.0, 0.2)
+"""What they take of the limit at most, and what more per band: so that with up to 60 dates no block of the source files
+need be decoded twice."""
 
 
 def cut_origin(grid: Grid, items: Sequence[Item], bands: Sequence[str]) -> tuple[int, int]:
@@ -61,15 +66,15 @@ def cut_origin(grid: Grid, items: Sequence[Item], bands: Sequence[str]) -> tuple
     return min(votes, key=lambda key: (-votes[key], key)) if votes else (0, 0)
 
 
-def block_bytes(recipe: Recipe, cut_px: tuple[int, int], task_cols: int) -> float:
-    """Peak bytes of one sub-block: its looks, the next one's, masks of the strip, the method's scratch."""
-    looks, bands = len(recipe.acquisitions), len(recipe.bands)
+def block_bytes(recipe: Recipe, task_cols: int) -> float:
+    """Peak bytes of one sub-block: its looks, the next one's if read ahead, the strip's masks, the method's scratch."""
+    looks, bands, cut_px = len(recipe.acquisitions), len(recipe.bands), recipe.cut_px
     pixels = (cut_px[0] + 2 * recipe.halo) * (min(cut_px[1], task_cols) + 2 * recipe.halo)
     around = 2 * (recipe.halo + recipe.mask_halo)
     cells = (cut_px[0] + around) * (task_cols + around) / recipe.factor**2
-    per_pixel: float = looks * bands * 2 * 2 + looks * 7 + 40
+    per_pixel: float = looks * bands * 2 * (2 if recipe.ahead else 1) + looks * 3 + 40
     if recipe.method.name == "regression" or recipe.method.name in LEARNED:
-        per_pixel += min(looks, 33) * (min(bands, 4) * 2 + 1) + 80 + bands * 4
+        per_pixel += looks * 4 + min(looks, 33) * (min(bands, 4) * 2 + 1) + 80 + bands * 4
     fixed = 0.0
     if recipe.method.name in LEARNED:
         scratch, fixed = learned.scratch_bytes(recipe.method, looks, bands)
@@ -80,7 +85,7 @@ def block_bytes(recipe: Recipe, cut_px: tuple[int, int], task_cols: int) -> floa
         per_pixel += looks * 4
     if recipe.mask_model:
         cells *= 1 + 2 * bands / max(looks, 1)  # a detector reads all bands of a few scenes at a time
-    return pixels * per_pixel + cells * looks * 5 + fixed
+    return pixels * per_pixel + cells * looks * 3 + fixed
 
 
 def task_bytes(recipe: Recipe, rows: int, cols: int) -> float:
@@ -94,29 +99,54 @@ def open_files(limit_gb: float) -> int:
     return int(min(max(limit_gb * 1e9 * OPEN_SHARE / OPEN_FILE_BYTES, 32), 400))
 
 
-def peak_bytes(recipe: Recipe, cut_px: tuple[int, int], shape: tuple[int, int]) -> float:
+def peak_bytes(recipe: Recipe, shape: tuple[int, int]) -> float:
     """Peak resident bytes of a worker with tasks of ``shape`` (rows, columns)."""
     scenes = sum(len(acquisition.items) for acquisition in recipe.acquisitions)
     files = min(recipe.open_files, scenes * (len(recipe.bands) + 1)) * OPEN_FILE_BYTES
-    return WORKER_BASE_BYTES + files + block_bytes(recipe, cut_px, shape[1]) + task_bytes(recipe, *shape)
+    return WORKER_BASE_BYTES + files + block_bytes(recipe, shape[1]) + task_bytes(recipe, *shape)
 
 
-def choose_cut(recipe: Recipe, shape: tuple[int, int], limit_gb: float) -> tuple[int, int] | None:
-    """The largest sub-block that fits the limit, None if none does."""
+def choose_cut(recipe: Recipe, shape: tuple[int, int], limit_gb: float) -> Recipe | None:
+    """The recipe with the largest sub-block that fits the limit, None if none does.
+
+    Before a block of the source files is cut, and decoded twice, reading ahead is given up.
+    """
     for cut in CUTS_PX if recipe.halo else CUTS_PX[2:]:
-        if peak_bytes(recipe, cut, shape) <= limit_gb * 1e9 * USABLE:
-            return cut
+        for ahead in (True,) if recipe.halo else (True, False):
+            cutting = replace(recipe, cut_px=cut, ahead=ahead)
+            if peak_bytes(cutting, shape) <= limit_gb * 1e9 * USABLE:
+                return cutting
     return None
 
 
-def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(shards of a task as rows and columns, sub-block in pixels) that fit the memory of a worker.
+def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], Recipe]:
+    """(shards of a task as rows and columns, recipe with its sub-blocks) that fit the memory of a worker.
 
     Raises:
         ConfigError: if the limit cannot hold any sub-block.
     """
     grid, limit = recipe.grid, job.limits.memory_gb_per_worker
-    recipe = replace(recipe, open_files=open_files(limit))
+    found = None
+    if recipe.method.name in STREAMING:
+        found = _fit(recipe, job, min(limit, STREAMING_GB[0] + STREAMING_GB[1] * len(recipe.bands)))
+    found = found or _fit(recipe, job, limit)
+    if found is None:
+        group = max(1, TASK_PX // grid.shard_px)
+        rows, cols = (min(group, math.ceil(size / grid.shard_px)) * grid.shard_px for size in grid.shape)
+        least = replace(recipe, cut_px=CUTS_PX[-1], ahead=recipe.halo > 0, open_files=open_files(limit))
+        needed = peak_bytes(least, (rows, cols)) / USABLE / 1e9
+        raise ConfigError(
+            f"limits.memory_gb_per_worker: {limit} GB cannot hold {len(recipe.acquisitions)} acquisitions x "
+            f"{len(recipe.bands)} bands with shards of {grid.shard_px} px, about {needed:.1f} GB are needed; raise it, "
+            "or lower grid.shard_px"
+        )
+    return found
+
+
+def _fit(recipe: Recipe, job: Job, limit_gb: float) -> tuple[tuple[int, int], Recipe] | None:
+    """The widest tasks with the largest sub-blocks in so much memory, None if nothing fits."""
+    grid = recipe.grid
+    recipe = replace(recipe, open_files=open_files(limit_gb))
     rows, cols = (math.ceil(size / grid.shard_px) for size in grid.shape)
     group = max(1, TASK_PX // grid.shard_px)
     best = None
@@ -125,18 +155,10 @@ def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], tuple[int, int]]:
         tasks = math.ceil(rows / shards[0]) * math.ceil(cols / shards[1])
         if best and (tasks < job.cluster.workers or (tasks < 4 * job.cluster.workers and tasks % job.cluster.workers)):
             break
-        cut = choose_cut(recipe, (shards[0] * grid.shard_px, shards[1] * grid.shard_px), limit)
-        if cut is None or (best and cut < best[1]):
+        cutting = choose_cut(recipe, (shards[0] * grid.shard_px, shards[1] * grid.shard_px), limit_gb)
+        if cutting is None or (best and (cutting.cut_px, cutting.ahead) < (best[1].cut_px, best[1].ahead)):
             break
-        best = shards, cut
-    if best is None:
-        shape = (min(group, rows) * grid.shard_px, min(group, cols) * grid.shard_px)
-        needed = peak_bytes(recipe, CUTS_PX[-1], shape) / USABLE / 1e9
-        raise ConfigError(
-            f"limits.memory_gb_per_worker: {limit} GB cannot hold {len(recipe.acquisitions)} acquisitions x "
-            f"{len(recipe.bands)} bands with shards of {grid.shard_px} px, about {needed:.1f} GB are needed; raise it, "
-            "or lower grid.shard_px"
-        )
+        best = shards, cutting
     return best
 
 
@@ -149,10 +171,10 @@ def plan_tasks(recipe: Recipe, job: Job, done: Collection[tuple[int, int]] = ())
     Raises:
         ConfigError: if the limit cannot hold any sub-block.
     """
-    shards, cut = layout(recipe, job)
+    shards, recipe = layout(recipe, job)
     finished = set(done)
     tasks = [task for task in all_tasks(recipe.grid, shards) if not finished.issuperset(task.shards)]
-    return replace(recipe, cut_px=cut, open_files=open_files(job.limits.memory_gb_per_worker)), tasks
+    return recipe, tasks
 
 
 def all_tasks(grid: Grid, group: tuple[int, int]) -> list[Task]:
@@ -226,16 +248,16 @@ class Plan:
             "scenes": sum(len(a.items) for a in acquisitions),
         }
         if recipe is not None:
-            shards, cut = layout(recipe, job)
+            shards, recipe = layout(recipe, job)
             rows, cols = (math.ceil(size / self.grid.shard_px) for size in self.grid.shape)
             shape = (shards[0] * self.grid.shard_px, shards[1] * self.grid.shard_px)
             pixels = self.grid.height * self.grid.width * len(acquisitions)
             entry |= {
                 "shards": rows * cols,
                 "tasks": math.ceil(rows / shards[0]) * math.ceil(cols / shards[1]),
-                "sub_block_px": list(cut),
+                "sub_block_px": list(recipe.cut_px),
                 "decoded_gb": round(pixels * (2 * len(recipe.bands) + 1 / recipe.factor**2) / 1e9, 3),
-                "peak_memory_gb": round(peak_bytes(recipe, cut, shape) / 1e9, 2),
+                "peak_memory_gb": round(peak_bytes(recipe, shape) / 1e9, 2),
             }
         if seen is not None:
             entry["layers"] = [dict(layer.__dict__) for layer in seen.layers]

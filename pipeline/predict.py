@@ -138,6 +138,7 @@ def complete(
     row0: int,
     col0: int,
     core: tuple[slice, slice] | None = None,
+    bits: NDArray[np.uint8] | None = None,
     within: Flags | None = None,
     model: nn.Module,
     patch_batch: int | None = None,
@@ -146,8 +147,6 @@ def complete(
     lattice: PatchLattice | None = None,
 ) -> Completion:
     """Complete one target with a learned model; patches without a gap are not run.
-
-    A look that is not clear counts as under cloud and under shadow alike: what hides it is not told apart here.
 
     Args:
         codes: (T, B, H, W) uint16 codes in time order, 0 = no data.
@@ -158,6 +157,8 @@ def complete(
         row0: global row of pixel [0, 0].
         col0: its column.
         core: the part to answer for, all by default; the rest is halo, ``halo_px(model)`` of it where data go on.
+        bits: (T, H, W) uint8, what hides a look: 1 cloud, 2 shadow; without it a look that has data and is not clear
+            counts as under both.
         within: bool, of the core's shape: where an answer is wanted at all; elsewhere it may be no data.
         model: in evaluation mode, on its device.
         patch_batch: patches at a time on a GPU, 16 by default; on the CPU it is always one.
@@ -205,10 +206,11 @@ def complete(
     known_as = estimate(
         codes=seen, clear=usable, days=days, target=target, anchor=anchor, row0=origin[0], col0=origin[1], core=part
     )
-    source = _Source(seen, usable, days, target, anchor, known_as, origin, lattice.patch_px)
+    hidden = None if bits is None else bits[:, near[0], near[1]]
+    source = _Source(seen, usable, hidden, days, target, anchor, known_as, origin, lattice.patch_px)
     device, call = _device(model), _Call(model, precision, None if list(channels) == sorted(channels) else [*channels])
     canvas = _Canvas(out, wanted, source, lattice, (row0 + rows.start, col0 + cols.start))
-    with _gpu if device.type == "cuda" else _one_thread():
+    with _gpu if device.type == "cuda" else one_thread():
         for place, answer in _run(places, source, call, device, patch_batch, out.notes):
             canvas.add(place, answer)
     canvas.finish(has_scale=anchor is not None)
@@ -240,7 +242,7 @@ def _span(starts: Sequence[int], length: int, origin: int, size: int) -> tuple[i
 
 @dataclass(frozen=True)
 class _Patch:
-    """One patch as numpy arrays, t looks of C bands and P x P pixels; see ``Batch``."""
+    """One patch as numpy arrays, t looks of C bands and P x P pixels; see ``Batch`` for what they are."""
 
     codes: NDArray[np.uint16]
     present: Flags
@@ -259,6 +261,7 @@ class _Source:
 
     codes: NDArray[np.uint16]
     clear: Flags
+    bits: NDArray[np.uint8] | None
     days: NDArray[np.int32]
     target: int
     anchor: int | None
@@ -279,7 +282,8 @@ class _Source:
         if self.anchor is not None:
             serves[self.anchor] |= has_data[self.anchor].any()
         known = clear[self.anchor] if self.anchor is not None else np.zeros(clear.shape[1:], bool)
-        arrays = [codes[serves], has_data[serves], clear[serves]]
+        open_to = _visible(clear[serves], has_data[serves], None if self.bits is None else at(self.bits)[serves])
+        arrays = [codes[serves], has_data[serves], open_to]
         arrays += [at(a) for a in (self.about.prior, self.about.scale, self.about.estimates, self.about.context)]
         arrays.append(known)
         if (inside := _mirror(has_data.any(axis=0))) is not None:
@@ -288,6 +292,16 @@ class _Source:
         prior, scale, estimates, context = facts
         days = self.days[serves] - np.int32(self.target)
         return _Patch(codes, present, clear, days, prior, scale, estimates, context, known)
+
+
+def _visible(clear: Flags, has_data: Flags, bits: NDArray[np.uint8] | None) -> Flags:
+    """(t, 2, P, P) free of cloud, free of shadow; where nothing is there, nothing hides it."""
+    hidden = has_data & ~clear
+    if bits is None:
+        return np.stack([~hidden, ~hidden], axis=1)
+    shaded = (bits & 2) != 0
+    clouded = ((bits & 1) != 0) | ~shaded  # whatever hides it without a name is taken for cloud
+    return np.stack([~(hidden & clouded), ~(hidden & shaded)], axis=1)
 
 
 def _window(array: NDArray[Any], first: tuple[int, int], shape: tuple[int, int]) -> NDArray[Any]:
@@ -331,13 +345,13 @@ def _batch(patches: Sequence[_Patch], device: torch.device) -> Batch:
 
     codes = series("codes", np.uint16).to(torch.int32).bitwise_and_(0xFFFF).to(torch.float32)
     present = series("present", np.uint8).to(torch.float32)[:, :, None]
-    clear = series("clear", np.uint8).to(torch.float32)[:, :, None]
+    clear = series("clear", np.uint8).to(torch.float32)
     known = stack("known").to(torch.float32)[:, None]
     lengths = torch.tensor([len(patch.days) for patch in patches], device=device)
     return Batch(
         looks=codes.sub_(CODE_OFFSET).mul_(CODE_SCALE).mul_(present),
         present=present,
-        clear=clear.expand(-1, -1, 2, -1, -1),
+        clear=clear,
         days=series("days", np.float32),
         steps=torch.arange(steps, device=device)[None] < lengths[:, None],
         condition=known.new_ones((len(patches), 3, *known.shape[-2:])),
@@ -448,7 +462,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread of torch for this thread: tasks share the cores already, and bits must not depend on their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -56,6 +56,8 @@ class Retry(_Base):
 
     tries: int = Field(4, ge=1, description="attempts in all")
     backoff_s: float = Field(0.5, ge=0, description="seconds before the second attempt, doubled each time")
+    request_tries: int = Field(8, ge=1, description="attempts of one HTTP request once a read met a fault")
+    request_budget_s: float = Field(180, gt=0, description="seconds that all attempts of one HTTP request may take")
 
 
 class Detect(_Base):
@@ -96,6 +98,9 @@ class Profile(_Base):
     auth: Auth = Auth()
     gdal: dict[str, str] = Field(default_factory=dict, description="GDAL settings for reads, as environment variables")
     retry: Retry = Retry()
+    verify_checksums: bool = Field(
+        False, description="read files that carry a file:checksum only once they agree with it"
+    )
     notes: str = ""
 
 

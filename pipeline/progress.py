@@ -58,6 +58,9 @@ class Terminal:
             left = seconds / self.done * (self.total - self.done)
             self.say(f"{self.what} {self.done}/{self.total} {rate} {left:.0f} s left".replace("  ", " "))
 
+    def event(self, what: str, **facts: Any) -> None:
+        """Shown by ``say`` and ``step`` already."""
+
 
 @contextmanager
 def terminal(*, quiet: bool = False) -> Iterator[Terminal]:

@@ -36,6 +36,7 @@ from pipeline.grid import Grid
 from pipeline.handles import HANDLES, bound_block_cache, gdal_settings, with_dataset
 from pipeline.items import Asset
 from pipeline.profiles import Profile
+from pipeline.relay import verified
 from pipeline.warp import (
     Fetch,
     Frame,
@@ -147,7 +148,7 @@ def read_codes(
         shift_to_codes(inside, CODE_OFFSET + int(offset_dn or 0))
         return True
 
-    if not with_dataset(asset.href, profile, into):
+    if not with_dataset(_place(asset, profile), profile, into, expect=_expected(asset)):
         out[...] = dn_to_codes(read_window(asset, grid, profile=profile), asset, offset_dn)
 
 
@@ -176,15 +177,37 @@ def _read(asset: Asset, grid: Grid, kind: Kind, profile: Profile | None, budget:
     """Read from the coarsest overview that shrinks the raster by no more than ``budget``."""
     level = None
     if budget >= 2:
-        overviews = with_dataset(asset.href, profile, lambda dataset: dataset.overviews(1))
+        overviews = with_dataset(_place(asset, profile), profile, lambda dataset: dataset.overviews(1))
         fitting = [index for index, factor in enumerate(overviews) if factor <= budget + 1e-6]
         level = fitting[-1] if fitting else None
     return with_dataset(
-        asset.href,
+        _place(asset, profile),
         profile,
         lambda dataset: _pixels(dataset, asset, grid, kind),
         level=level,
+        expect=_expected(asset) if level is None else None,
     )
+
+
+def _place(asset: Asset, profile: Profile | None) -> str:
+    """Where to read an asset: a verified copy where the job asks for it and the item has a checksum."""
+    if profile and profile.verify_checksums and asset.checksum and asset.href.startswith(("http://", "https://")):
+        return verified(asset.href, asset.checksum, profile)
+    return asset.href
+
+
+def _expected(asset: Asset) -> Callable[[DatasetReader], bool]:
+    """Whether a file's header agrees with its item; a bit that came over wrong there would move pixels unseen."""
+
+    def agrees(dataset: DatasetReader) -> bool:
+        affine = dataset.transform
+        if affine.is_identity:
+            return True
+        told = (affine.a, affine.b, affine.c, affine.d, affine.e, affine.f)
+        near = all(abs(a - b) <= 1e-6 * max(1.0, abs(b)) for a, b in zip(told, asset.transform, strict=True))
+        return near and (dataset.height, dataset.width) == tuple(asset.shape)
+
+    return agrees
 
 
 def _pixels(dataset: DatasetReader, asset: Asset, grid: Grid, kind: Kind) -> NDArray[Any]:

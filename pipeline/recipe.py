@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline import mask as masks
 from pipeline.anchors import AnchorMap
 from pipeline.block import halo_px
-from pipeline.config import Method
+from pipeline.config import LEARNED, Method
 from pipeline.grid import Grid
 from pipeline.items import Acquisition
 from pipeline.profiles import MaskRule, Profile
@@ -37,6 +37,7 @@ class Recipe:
         profile: read settings and credentials' kind (no secret).
         inside: (height, width) bool, packed bits, of a polygon area; None where all is inside.
         cut_px: (rows, columns) of a sub-block.
+        ahead: whether the next sub-block is read while one is composed; always where the method looks around.
         origin: (row, col) on the lattice where the source files begin, so that sub-blocks fall on their blocks.
         threads: reads in flight.
         open_files: datasets a worker keeps open between reads.
@@ -60,6 +61,7 @@ class Recipe:
     origin: tuple[int, int]
     threads: int
     open_files: int = 64
+    ahead: bool = True
     mask_model: str | None = None
 
     def __getstate__(self) -> bytes:
@@ -78,6 +80,11 @@ class Recipe:
     def halo(self) -> int:
         """Pixels around a block that bands are read for."""
         return halo_px(self.method)
+
+    @property
+    def tells_shadow(self) -> bool:
+        """Whether the method asks what hides a look."""
+        return self.method.name in LEARNED
 
     @property
     def mask_halo(self) -> int:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from pipeline.blas import one_blas_thread
 from pipeline.errors import ConfigError
-from pipeline.regression_fit import one_blas_thread
 from pipeline.regression_lattice import GRID_PX, HALO_PX, RegressionOptions, Windows, plan
 from pipeline.regression_windows import Bool, Float32, Group, Int32, UInt16
 

@@ -6,14 +6,11 @@ additive, so overlapping windows, re-weighting of hazy cells and held-out patche
 matrices, never a second look at pixels.
 """
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from pipeline.regression_lattice import CELL_PX
 
@@ -33,19 +30,6 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 UInt16 = NDArray[np.uint16]
-
-_blas_lock = threading.Lock()
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Hold BLAS to one thread and to one caller, since the order of its sums may follow either.
-
-    The setting belongs to the process. Two threads at a time were seen to differ by one code in a few pixels, so
-    within a process blocks are fitted one after the other; processes do not hinder each other.
-    """
-    with _blas_lock, threadpool_limits(limits=1, user_api="blas"):
-        yield
 
 
 @dataclass(frozen=True)

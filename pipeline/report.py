@@ -1,6 +1,6 @@
 """What work tells while it goes: in come steps and news, out comes whatever a listener makes of them."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -15,6 +15,9 @@ class Progress(Protocol):
     def step(self, units: int, *, megabytes: float = 0.0) -> None:
         """So many units are done, so many megabytes were read for them."""
 
+    def event(self, what: str, **facts: Any) -> None:
+        """Something happened (a task came back, a period ended), for machines."""
+
 
 class Silent:
     """Tells nothing."""
@@ -26,4 +29,7 @@ class Silent:
         """Drop it."""
 
     def step(self, units: int, *, megabytes: float = 0.0) -> None:
+        """Drop it."""
+
+    def event(self, what: str, **facts: Any) -> None:
         """Drop it."""

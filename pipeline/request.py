@@ -132,7 +132,7 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
         target=period.target,
         rejected=tuple(layer.fails for layer in seen.layers) if seen else (False,) * len(acquisitions),
         anchors=seen.anchors if seen else None,
-        profile=found.profile,
+        profile=found.profile.model_copy(update={"verify_checksums": job.limits.verify_checksums}),
         inside=None if inside is None else np.packbits(inside, axis=1),
         cut_px=(1024, 1024),
         origin=cut_origin(grid, [item for a in acquisitions for item in a.items], job.bands),

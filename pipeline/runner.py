@@ -3,17 +3,13 @@
 Overviews go the same way: one future per shard of a level, each level after the one below.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed import as_completed
-from distributed.client import FutureCancelledError
-from distributed.scheduler import KilledWorker
-
 from pipeline import store
-from pipeline.errors import RunError
+from pipeline.flight import Flight, Orders, on_duty
 from pipeline.grid import Grid
 from pipeline.overviews import coarsen_shard, level_shards
 from pipeline.recipe import Recipe
@@ -33,35 +29,57 @@ def run_tasks(
     progress: Progress,
     *,
     guard: Callable[[], None] = lambda: None,
+    orders: Orders | None = None,
 ) -> None:
-    """Submit with bounded concurrency; mark each shard as its task comes back, while ``guard`` does not raise."""
-    progress.begin("shards", sum(len(task.shards) for task in tasks))
+    """Submit with bounded concurrency; mark each shard as its task comes back, while ``guard`` does not raise.
+
+    Raises:
+        RunError: when workers or scheduler are gone, or a task hangs; what a task itself raises comes as it is.
+            ValueError: if two tasks share a shard.
+    """
+    shards = Counter(shard for task in tasks for shard in task.shards)
+    if shards and max(shards.values()) > 1:
+        raise ValueError(f"tasks share a shard ({shards.most_common(1)[0][0]}); two writers could meet in it")
+    progress.begin("shards", len(shards))
     if not tasks:
         return
+    told = orders or Orders()
     # A task of its own, so that the scheduler can make it again when its holders die; a copy on every worker, since
     # the scheduler would else send all tasks to the one that has it.
     shared = client.submit(_same, recipe, pure=False)
-    client.replicate([shared])
 
-    def submit(task: Task) -> Any:
-        return client.submit(
-            run_task,
-            shared,
-            task,
-            str(path.absolute()),
-            slot,
-            pure=False,
-            retries=1,
-            key=f"task-{slot}-{task.rows[0]}-{task.cols[0]}-{time.monotonic_ns()}",
-        )
+    def submit(task: Task, _key: str, more: dict[str, Any]) -> Any:
+        return client.submit(work, shared, task, str(path), slot, told, **more)
 
-    for report in _bounded(client, submit, tasks):
+    for report in Flight(client, tasks, submit, lambda task: _name(task, slot), told, [shared]):
         guard()
         for number, shard in enumerate(report.task.shards):
             run.mark(slot, shard, _facts(report) if number == 0 else {})
         for note in report.notes:
             progress.say(f"task at {report.task.rows[0]}, {report.task.cols[0]}: {note}")
         progress.step(len(report.task.shards), megabytes=report.bytes_read / 1e6)
+        row, col = report.task.shards[0]
+        facts = {name: value for name, value in _facts(report).items() if name != "failures"}
+        progress.event("task", period=slot, task=f"{slot}-{row}-{col}", **facts)
+
+
+def _name(task: Task, slot: int) -> tuple[str, str]:
+    place = f"the task of rows {task.rows[0]} to {task.rows[1]}, columns {task.cols[0]} to {task.cols[1]}"
+    return f"task-{slot}-{task.rows[0]}-{task.cols[0]}", place
+
+
+def work(recipe: Recipe, task: Task, path: str, slot: int, orders: Orders) -> Report:
+    """Run one task on a worker, within its time."""
+    with on_duty(orders):
+        return run_task(recipe, task, path, slot, fence=orders.fence)
+
+
+def coarsen(
+    shard: tuple[int, int], level: int, where: tuple[str, Grid, tuple[str, ...], bool], slot: int, orders: Orders
+) -> tuple[int, int]:
+    """Write one shard of an overview on a worker, within its time."""
+    with on_duty(orders):
+        return coarsen_shard(*where, slot, level, shard)
 
 
 def run_overviews(
@@ -74,6 +92,7 @@ def run_overviews(
     progress: Progress,
     *,
     guard: Callable[[], None] = lambda: None,
+    orders: Orders | None = None,
 ) -> None:
     """Write the overviews of one period whose full resolution is written; shards marked before are left out.
 
@@ -86,18 +105,21 @@ def run_overviews(
         client: a Dask client.
         progress: hears of each shard.
         guard: asked before each mark; what it raises ends the work.
+        orders: see ``Orders``.
     """
+    told, where = orders or Orders(), (str(Path(path).absolute()), grid, *layers)
     levels = [(level, sorted({*shards} - run.done(slot, level))) for level, shards in level_shards(grid)]
     progress.begin("overviews", sum(len(shards) for _, shards in levels))
     for level, shards in levels:
 
-        def submit(shard: tuple[int, int], level: int = level) -> Any:
-            key = f"overview-{slot}-{level}-{shard[0]}-{shard[1]}-{time.monotonic_ns()}"
-            return client.submit(
-                coarsen_shard, str(path.absolute()), grid, *layers, slot, level, shard, pure=False, retries=1, key=key
-            )
+        def submit(shard: tuple[int, int], _key: str, more: dict[str, Any], level: int = level) -> Any:
+            return client.submit(coarsen, shard, level, where, slot, told, **more)
 
-        for shard in _bounded(client, submit, shards):
+        def name(shard: tuple[int, int], level: int = level) -> tuple[str, str]:
+            key = f"overview-{slot}-{level}-{shard[0]}-{shard[1]}"
+            return key, f"shard {shard} of overview {level}"
+
+        for shard in Flight(client, shards, submit, name, told):
             guard()
             run.mark(slot, shard, {}, level)
             progress.step(1)
@@ -127,42 +149,15 @@ def add_overviews(
     return levels
 
 
-def _bounded[Work](client: Any, submit: Callable[[Work], Any], work: Iterable[Work]) -> Iterator[Any]:
-    """Results of submitted work as they come, two futures per worker in flight."""
-    workers = len(client.scheduler_info(n_workers=-1)["workers"])
-    queue = iter(work)
-    flight = as_completed([submit(one) for _, one in zip(range(2 * workers), queue, strict=False)], loop=client.loop)
-    for future in flight:
-        yield _result(future)
-        following = next(queue, None)
-        if following is not None:
-            flight.add(submit(following))
-
-
 def _same(recipe: Recipe) -> Recipe:
     return recipe
-
-
-def _result(future: Any) -> Any:
-    """What a finished task returned.
-
-    Raises:
-        RunError: if the workers that held it died; what a task itself raises comes as it is.
-    """
-    try:
-        return future.result()
-    except (KilledWorker, FutureCancelledError) as error:
-        raise RunError(
-            f"a task's workers died ({type(error).__name__}), most likely for want of memory; raise "
-            "limits.memory_gb_per_worker, or lower cluster.workers or grid.shard_px, then run the same command again: "
-            "it goes on after the last finished shard"
-        ) from error
 
 
 def _facts(report: Report) -> dict[str, Any]:
     return {
         "seconds": round(report.seconds, 3),
         "read_seconds": round(report.read_seconds, 3),
+        "memory_bytes": report.memory_bytes,
         "bytes_read": report.bytes_read,
         "reads": report.reads,
         "failures": [list(f) for f in report.failures[:200]],

@@ -27,6 +27,7 @@ from urllib.error import URLError
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import RunError
+from pipeline.faults import LATENCY_S, Faults, Striker
 
 LOOPBACK: Final = "127.0.0.1"
 START_TIMEOUT_S: Final = 20.0
@@ -87,13 +88,15 @@ class RangeServer(_Child):
         root: folder; nothing outside it is served.
         port: 0 takes a free one.
         latency_s: added before every answer, without holding up other requests.
+        faults: what goes wrong on purpose (``pipeline.faults``).
 
     Use as a context manager; ``url`` is valid inside. Raises ``RunError`` when the server does not start.
     """
 
-    def __init__(self, root: Path, port: int = 0, latency_s: float = 0.0) -> None:
+    def __init__(self, root: Path, port: int = 0, latency_s: float = 0.0, faults: Faults | None = None) -> None:
         super().__init__()
         self.root, self.port, self.latency_s = Path(root).resolve(), port, latency_s
+        self.faults = faults or Faults()
 
     @property
     def url(self) -> str:
@@ -105,8 +108,9 @@ class RangeServer(_Child):
         if not self.root.is_dir():
             raise RunError(f"range server: {self.root} is no folder; give the folder that holds the rasters")
         process = self._spawn(
-            "files", str(self.root), str(self.port), str(self.latency_s), stdout=subprocess.PIPE, stderr=None
-        )
+            "files", str(self.root), str(self.port), str(self.latency_s), self.faults.to_json(),
+            stdout=subprocess.PIPE, stderr=None,
+        )  # fmt: skip
         assert process.stdout is not None
         line = process.stdout.readline()  # the child binds first, so there is no race for the port
         if not line:
@@ -215,8 +219,9 @@ def guard(command: list[str], parent: int) -> int:
 class _Files:
     """The range server: one thread a connection, bodies sent by the kernel (``sendfile``)."""
 
-    def __init__(self, root: Path, latency_s: float) -> None:
+    def __init__(self, root: str, latency_s: float, faults: Faults) -> None:
         self.root, self.latency_s = os.path.realpath(root), latency_s
+        self.striker = Striker(faults)
 
     def serve(self, listener: socket.socket) -> None:
         while True:
@@ -254,6 +259,13 @@ class _Files:
         if not path.startswith(self.root + os.sep) or not Path(path).is_file():
             self._refuse(connection, HTTPStatus.NOT_FOUND, {}, keep=keep, silent=method == "HEAD")
             return keep
+        kind, place = self.striker.strike(path[len(self.root) + 1 :], headers.get("range", ""))
+        if kind == "latency":
+            time.sleep(LATENCY_S)
+        if kind in ("403", "404", "429", "503"):
+            after = {"Retry-After": "1"} if kind == "429" else {}
+            self._refuse(connection, HTTPStatus(int(kind)), after, keep=keep, silent=method == "HEAD")
+            return keep
         with Path(path).open("rb") as file:
             status = os.fstat(file.fileno())
             tag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
@@ -282,8 +294,22 @@ class _Files:
                 fields["Content-Range"] = f"bytes {first}-{stop - 1}/{status.st_size}"
             connection.sendall(_head(code, fields, keep=keep))
             if method == "GET" and stop > first:
+                if kind in ("stall", "truncate", "flip"):
+                    return self._spoil(connection, kind, place, os.pread(file.fileno(), stop - first, first)) and keep
                 connection.sendfile(file, first, stop - first)
         return keep
+
+    def _spoil(self, connection: socket.socket, kind: str, place: float, body: bytes) -> bool:
+        """Send a body that is cut, stalls or has one bit turned over. Returns whether the connection stays open."""
+        if kind == "flip":
+            spoilt, at = bytearray(body), int(place * len(body) * 8)
+            spoilt[at // 8] ^= 1 << at % 8
+            connection.sendall(spoilt)
+            return True
+        connection.sendall(body[: len(body) // 2])
+        if kind == "stall":
+            time.sleep(self.striker.faults.stall_s)
+        return False
 
     def _refuse(
         self,
@@ -325,7 +351,7 @@ def byte_range(header: str, size: int) -> tuple[int, int] | tuple[()] | None:
     return (start, stop) if start < stop else ()
 
 
-def _serve_files(root: str, port: int, latency_s: float, parent: int) -> int:
+def _serve_files(root: str, port: int, latency_s: float, faults: Faults, parent: int) -> int:
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((LOOPBACK, port))
@@ -334,15 +360,15 @@ def _serve_files(root: str, port: int, latency_s: float, parent: int) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
-    _Files(Path(root), latency_s).serve(listener)
+    _Files(root, latency_s, faults).serve(listener)
     return 0
 
 
 def main(arguments: list[str]) -> int:
-    """Entry of the child processes: ``PARENT files ROOT PORT LATENCY`` or ``PARENT guard COMMAND...``."""
+    """Entry of the child processes: ``PARENT files ROOT PORT LATENCY FAULTS`` or ``PARENT guard COMMAND...``."""
     parent, kind, *rest = arguments
     if kind == "files":
-        return _serve_files(rest[0], int(rest[1]), float(rest[2]), int(parent))
+        return _serve_files(rest[0], int(rest[1]), float(rest[2]), Faults.from_json(rest[3]), int(parent))
     return guard(rest, int(parent))
 
 

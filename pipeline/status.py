@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pipeline.errors import StoreMismatchError
@@ -57,6 +58,9 @@ def tally(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = ("bytes_read", "reads", "failed", "filled", "unfilled", "outside")
     out: dict[str, Any] = {name: sum(mark.get(name, 0) for mark in marks) for name in names}
     out["shards"] = len(marks)
+    for name in ("seconds", "memory_bytes"):
+        values = [mark[name] for mark in marks if name in mark]
+        out[f"task_{name}"] = {"median": median(values), "most": max(values)} if values else {}
     out["failures"] = [f for mark in marks for f in mark.get("failures", [])][:100]
     out["notes"] = [note for mark in marks for note in mark.get("notes", [])][:100]
     return out

@@ -41,7 +41,7 @@ def _array(
 ) -> zarr.Array[Any]:
     """The array as it will be, without touching its metadata on disk."""
     place = StorePath(store, f"{group}/{name}")
-    return zarr.Array(AsyncArray(metadata=array_metadata(spec, grid, slots), store_path=place))
+    return zarr.Array(AsyncArray(metadata=array_metadata(spec, grid, slots, overview=group != GROUP), store_path=place))
 
 
 def write_region(
@@ -222,7 +222,9 @@ def _publish(
             group = zarr.open_group(store, path=str(level), mode="a", use_consolidated=False)
             for name, spec in specs.items():
                 more = {"resampling_method": spec.resampling} if level else {}
-                metadata = array_metadata(replace(spec, attrs={**spec.attrs, **more}), grid, len(times.days))
+                metadata = array_metadata(
+                    replace(spec, attrs={**spec.attrs, **more}), grid, len(times.days), overview=level > 0
+                )
                 for key, buffer in metadata.to_buffer_dict(default_buffer_prototype()).items():
                     sync(store.set(f"{level}/{name}/{key}", buffer))
             _put_coordinates(group, grid, times)

@@ -4,22 +4,25 @@ A task streams its rectangle in sub-blocks (``pipeline.looks``), composes each a
 Dask graph lives inside a task.
 """
 
+import resource
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from pipeline import store
+from pipeline.blas import one_blas_thread
 from pipeline.block import NO_SIGMA, OUTSIDE, Layers, compose_block, has_uncertainty
-from pipeline.errors import ReadError
+from pipeline.errors import ReadError, StoreError
 from pipeline.looks import Looks, LookStream, release_arrays
 from pipeline.reader import ReadPool, keep_open
 from pipeline.recipe import Recipe
+from pipeline.records import RunFolder
 
 _NO_BOUND: Final = 1_000_000
 """Reads queued at a time: the stream itself asks for one sub-block ahead and no more."""
@@ -48,29 +51,55 @@ class Report:
     unfilled: int = 0
     outside: int = 0
     scenes: int = 0
+    memory_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
 
-def run_task(recipe: Recipe, task: Task, path: str, slot: int) -> Report:
+def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | None = None) -> Report:
     """Read, mask, compose and write one task; called on a worker.
+
+    Args:
+        recipe: what decides the pixels.
+        task: the rectangle.
+        path: of the store.
+        slot: of the period.
+        fence: write only while the store's records name this run; a task that outlived its client must not write into
+            a store that another run began anew.
 
     Raises:
         StoreError: if the store cannot be written. A read that fails is reported, not raised.
     """
     began = time.perf_counter()
+    forget_peak()
     report = Report(task)
     layers: dict[str, NDArray[Any]] = {}
     keep_open(recipe.open_files)
-    with _settings(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
+    with one_blas_thread(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
         stream = LookStream(recipe, task.rows, task.cols, pool)
         for looks in stream:
             _place(layers, recipe, task, looks.rows, looks.cols, _compose(recipe, looks), report)
         report.failures, report.scenes = stream.failures, len(stream.seen)
         report.bytes_read, report.read_seconds, report.reads = pool.stats.bytes, pool.stats.seconds, pool.stats.reads
+    if fence is not None and (RunFolder(path).read("request.json") or {}).get("run") != fence:
+        raise StoreError(f"store {path}: another run began it anew meanwhile; nothing was written")
     for name in list(layers):
         store.write_region(path, recipe.grid, slot, task.rows, task.cols, {name: layers.pop(name)})
-    report.seconds = time.perf_counter() - began
+    report.seconds, report.memory_bytes = time.perf_counter() - began, peak_bytes()
     return report
+
+
+def forget_peak() -> None:
+    """Begin to measure this process's peak of memory anew, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Most resident bytes since ``forget_peak`` (elsewhere than on Linux: since the process began)."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def compose_window(recipe: Recipe, rows: tuple[int, int], cols: tuple[int, int]) -> Layers:
@@ -81,7 +110,7 @@ def compose_window(recipe: Recipe, rows: tuple[int, int], cols: tuple[int, int])
     """
     origin = (recipe.grid.row0 + rows[0], recipe.grid.col0 + cols[0])
     whole = replace(recipe, cut_px=(rows[1] - rows[0], cols[1] - cols[0]), origin=origin)
-    with _settings(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
+    with one_blas_thread(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
         stream = LookStream(whole, rows, cols, pool)
         (block,) = [_compose(whole, looks) for looks in stream]
     release_arrays()
@@ -90,11 +119,6 @@ def compose_window(recipe: Recipe, rows: tuple[int, int], cols: tuple[int, int])
         raise ReadError(f"{len(stream.failures)} reads failed, the first: {item} {band}: {why}")
     apply_area(block, recipe.area(rows, cols))
     return block
-
-
-def _settings() -> AbstractContextManager[Any]:
-    """One thread for linear algebra: two processes share two cores, and bits must not depend on it."""
-    return threadpool_limits(1)
 
 
 def _compose(recipe: Recipe, looks: Looks) -> Layers:
@@ -111,6 +135,7 @@ def _compose(recipe: Recipe, looks: Looks) -> Layers:
         col0=looks.fine.col0,
         core=core,
         failed=looks.failed,
+        bits=looks.hidden_by,
     )
 
 

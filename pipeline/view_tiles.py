@@ -318,7 +318,7 @@ def whole(store: ViewStore, slot: int, shown: Shown, *, cut: float | None) -> Im
         )[:height, :width]
         for name in arrays_of(shown)
     ]
-    return Image.fromarray(paint(shown, arrays, describe(store, slot, shown, cut=cut)["range"]))
+    return Image.fromarray(paint(shown, arrays, describe(store, slot, shown, cut=cut)["range"], gamma=1.3))
 
 
 def _png(picture: RGBA) -> bytes:

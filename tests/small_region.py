@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +114,8 @@ class InlineFuture:
     def __init__(self, work: Any) -> None:
         self.work = work
 
+    key = ""
+
     def result(self) -> Any:
         """Do it."""
         return self.work()
@@ -131,12 +132,12 @@ class InlineClient:
     def __init__(self, monkeypatch: Any, *, workers: int = 2, seed: int = 0) -> None:
         self.workers, self.random = workers, random.Random(seed)
         self.flying: list[InlineFuture] = []
-        self.peak, self.order, self.loop = 0, [], None
-        monkeypatch.setattr("pipeline.runner.as_completed", self.as_completed)
+        self.peak, self.order = 0, []
+        monkeypatch.setattr("pipeline.flight.Landings", lambda: self)
 
     def scheduler_info(self, n_workers: int = 5) -> dict[str, Any]:
         """As many workers as were asked for."""
-        return {"workers": dict.fromkeys(range(self.workers))}
+        return {"workers": {number: {} for number in range(self.workers)}}
 
     def replicate(self, futures: Any) -> None:
         """Nothing to copy."""
@@ -149,33 +150,41 @@ class InlineClient:
                 self.order.append(key)
             return function(*(arg.result() if isinstance(arg, InlineFuture) else arg for arg in args))
 
-        return InlineFuture(work)
+        future = InlineFuture(work)
+        future.key = key
+        return future
 
-    def as_completed(self, futures: list[InlineFuture], loop: Any = None) -> "InlineClient":
-        """The futures, and those added meanwhile, in a drawn order."""
-        self.flying = list(futures)
-        return self
+    def subscribe_topic(self, topic: str, handler: Any) -> None:
+        """Nobody cries."""
+
+    def cancel(self, futures: Any) -> None:
+        """What was deferred is never done."""
+        self.flying.clear()
 
     def add(self, future: InlineFuture) -> None:
         """One more in flight."""
         self.flying.append(future)
 
-    def __iter__(self) -> Iterator[InlineFuture]:
-        while self.flying:
-            self.peak = max(self.peak, len(self.flying))
-            yield self.flying.pop(self.random.randrange(len(self.flying)))
+    def get(self, timeout_s: float) -> InlineFuture:
+        """One of those in flight, drawn."""
+        self.peak = max(self.peak, len(self.flying))
+        return self.flying.pop(self.random.randrange(len(self.flying)))
 
 
 class SomeWorkers:
     """A Dask client that uses only some of its workers."""
 
     def __init__(self, client: Any, count: int) -> None:
-        self.client, self.loop = client, client.loop
+        self.client = client
         self.chosen = sorted(client.scheduler_info(n_workers=-1)["workers"])[:count]
 
     def scheduler_info(self, n_workers: int = 5) -> dict[str, Any]:
         """Those some."""
-        return {"workers": dict.fromkeys(self.chosen)}
+        return {"workers": {key: {} for key in self.chosen}}
+
+    def __getattr__(self, name: str) -> Any:
+        """The rest as the client does it."""
+        return getattr(self.client, name)
 
     def replicate(self, futures: Any) -> None:
         """To those some."""

@@ -14,7 +14,7 @@ import torch
 import yaml
 from small_region import BANDS, InlineClient, layers_equal, recipe, same_objects
 
-from pipeline import cloud_mask, compose, learned, open_cube, planning, predict
+from pipeline import cloud_mask, compose, learned, models, open_cube, planning, predict
 from pipeline.anchors import INTERPOLATE, AnchorMap
 from pipeline.bands import to_reflectance
 from pipeline.block import BLENDED, COMPOSED, LOW, NO_DATA, NO_SIGMA, OBSERVED, compose_block, halo_px
@@ -29,7 +29,7 @@ from pipeline.request import mask_params
 from pipeline.store import open_mosaic, read_attrs
 from pipeline.tasks import Task, compose_window, run_task
 
-PART = (180, 360), (150, 330)
+PART = (200, 300), (170, 280)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def _method(weights, **more):
 
 
 def _part(small, weights, store=None, **changes):
-    area = {"area": {"bbox": small.bbox(*PART)}, "grid": {"crs": "EPSG:32633", "shard_px": 128}}
+    area = {"area": {"bbox": small.bbox(*PART)}, "grid": {"crs": "EPSG:32633", "shard_px": 64}}
     return small.job(store, **(area | {"method": _method(weights)} | changes))
 
 
@@ -242,6 +242,20 @@ def test_a_job_its_layers_and_going_on_with_other_weights(small, tmp_path, weigh
         build(job=_part(small, weights, stores[0]), client=client)
 
 
+def test_worker_processes_give_the_bytes_of_this_process(small, tmp_path, monkeypatch, client, cluster_fields):
+    """The real network, in its small form, with weights of no sense."""
+    torch.manual_seed(0)
+    size = {"gate_widths": (4, 8), "widths": (8, 8, 8, 8, 8), "crossover": 8}
+    network = models.build({"name": "small", "patch_px": 64, "stride_px": 40, "border_px": 4, **size})
+    torch.nn.init.constant_(network.gamma, 0.02)
+    path = files.save(network, tmp_path / "small.safetensors", card={"data": "none"})
+    assert path.stat().st_size < 8e6
+    less = {"area": {"bbox": small.bbox((200, 260), (170, 234))}, "bands": ["blue", "red", "nir"]}
+    build(job=_part(small, path, tmp_path / "workers.zarr", **less, cluster=cluster_fields), client=client)
+    build(job=_part(small, path, tmp_path / "here.zarr", **less), client=InlineClient(monkeypatch))
+    same_objects(tmp_path / "here.zarr", tmp_path / "workers.zarr")
+
+
 def test_notes_of_a_task_reach_the_manifest(small, tmp_path, weights, monkeypatch):
     def narrow(self, batch, *, with_weights=False):
         if len(batch.prior) > 1:
@@ -262,19 +276,19 @@ def test_area_and_sub_blocks_do_not_change_a_byte(small, weights):
     """Another area with its own search and grid, and windows of the same grid, given the same anchors."""
     _, seen, asked = recipe(_part(small, weights))
     whole = compose_window(asked, (0, asked.grid.height), (0, asked.grid.width))
-    _, _, part = recipe(_part(small, weights, area={"bbox": small.bbox((201, 333), (171, 290))}), seen)
+    _, _, part = recipe(_part(small, weights, area={"bbox": small.bbox((217, 289), (186, 262))}), seen)
     top, left = part.grid.row0 - asked.grid.row0, part.grid.col0 - asked.grid.col0
     assert min(top, left) > 5
     there = slice(top, top + part.grid.height), slice(left, left + part.grid.width)
     layers_equal(whole, compose_window(part, (0, part.grid.height), (0, part.grid.width)), *there)
     corner = compose_window(asked, (asked.grid.height - 40, asked.grid.height), (3, 67))  # 40 x 64 px
     layers_equal(whole, corner, slice(-40, None), slice(3, 67))
-    assert ((whole.flags & COMPOSED) > 0).sum() > 1000
+    assert ((whole.flags & COMPOSED) > 0).sum() > 300
 
 
 def test_the_next_reads_are_in_flight_while_the_model_works(small, weights, monkeypatch):
     _, _, asked = recipe(_part(small, weights))
-    asked = replace(asked, cut_px=(64, 64))
+    asked = replace(asked, cut_px=(32, 32))
     ahead = []
     ask = LookStream._ask_block
 
@@ -286,7 +300,7 @@ def test_the_next_reads_are_in_flight_while_the_model_works(small, weights, monk
     work = learned.complete
     monkeypatch.setattr(LookStream, "_ask_block", counted)
     monkeypatch.setattr(learned, "complete", lambda *a, **k: (at_work.append(len(ahead)), work(*a, **k))[1])
-    run_task(asked, Task((0, 128), (0, 128), ((0, 0),)), str(weights.parent / "m.zarr"), 0)
+    run_task(asked, Task((0, 64), (0, 64), ((0, 0),)), str(weights.parent / "m.zarr"), 0)
     assert len(ahead) == 4
     assert at_work[0] == 2  # while the first is worked, the second is asked for
     assert max(at_work) == 4
@@ -302,14 +316,13 @@ MARGIN_PX = 420
 
 
 def test_lazy_and_job_agree_byte_for_byte(small, weights):
-    job = _part(small, weights, area={"bbox": small.bbox((200, 300), (170, 260))})
+    job = _part(small, weights, area={"bbox": small.bbox((230, 290), (170, 230))})
     request, seen, asked = recipe(job)
     assert asked.halo + asked.mask_halo <= MARGIN_PX
     block = compose_window(asked, (0, asked.grid.height), (0, asked.grid.width))
     found = replace(request.found, items=seen.apply(request.found.items))
     cube = open_cube(found=found, grid=asked.grid.padded(MARGIN_PX), bands=BANDS, chunk_px=512)
-    clouds = cloud_mask(cube=cube, params=mask_params(job, request.found.mask.kind))
-    clouds["clear"] = clouds["clear"] & ~np.array(asked.rejected)[:, None, None]
+    clouds = cloud_mask(cube=cube, params=mask_params(job, request.found.mask.kind), rejected=asked.rejected)
     made = compose(
         cube=cube,
         clouds=clouds,

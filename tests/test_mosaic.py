@@ -115,11 +115,11 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(small, tmp_path, 
     job, run = small.job(store, **_part(small)), RunFolder(store)
     begun = []
 
-    def dies_at_the_fifth(recipe, task, *where):
+    def dies_at_the_fifth(recipe, task, *where, **more):
         begun.append(task)
         if len(begun) == 5:
             raise Killed
-        return real(recipe, task, *where)
+        return real(recipe, task, *where, **more)
 
     real = runner.run_task
     monkeypatch.setattr(runner, "run_task", dies_at_the_fifth)
@@ -350,7 +350,7 @@ def test_ten_thousand_tasks_are_never_in_flight_at_once(small, tmp_path, monkeyp
     assert sum((t.rows[1] - t.rows[0]) * (t.cols[1] - t.cols[0]) for t in tasks) == huge.height * huge.width
     assert len({shard for t in tasks for shard in t.shards}) == 10_000
     client = InlineClient(monkeypatch, workers=3, seed=1)
-    monkeypatch.setattr(runner, "run_task", lambda recipe, task, path, slot: Report(task, reads=1))
+    monkeypatch.setattr(runner, "run_task", lambda recipe, task, path, slot, **more: Report(task, reads=1))
     marked = []
 
     class Run:

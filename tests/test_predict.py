@@ -203,6 +203,27 @@ class Narrow(TinyNet):
         return super().forward(batch, with_weights=with_weights)
 
 
+def test_cloud_and_shadow_are_told_apart_and_nothing_hides_what_is_not_there():
+    codes, clear = scene(height=64, width=64)
+    codes[0, :, :, 40:] = 0
+    clear[0, :, 40:] = False
+    bits = np.where(clear, 0, 1).astype(np.uint8)
+    bits[1][~clear[1]] = 2
+    bits[3][~clear[3]] = 3
+    bits[0, :, 40:] = 4
+    model = tiny()
+    run(codes, clear, model=model, bits=bits, row0=0, col0=0)
+    batch = next(b for b in model.seen if (b.present[0, :, 0].amin(0) == 0).any())
+    hidden = 1 - batch.clear[0]
+    assert (hidden * (1 - batch.present[0])).sum() == 0
+    cloud, shadow = hidden[:, 0].sum(dim=(1, 2)), hidden[:, 1].sum(dim=(1, 2))
+    assert shadow[0] == cloud[1] == 0 < min(cloud[0], shadow[1])
+    assert torch.equal(hidden[3, 0], hidden[3, 1])
+    model.seen.clear()
+    run(codes, clear, model=model, row0=0, col0=0)
+    assert all(torch.equal(b.clear[:, :, 0], b.clear[:, :, 1]) for b in model.seen)
+
+
 def test_out_of_memory_halves_the_batch_and_says_so(monkeypatch):
     def as_on_a_gpu(model, _device, patch_batch):
         return predict._halved.get(model, patch_batch)

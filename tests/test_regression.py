@@ -3,15 +3,17 @@
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import ndimage
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from pipeline import composite
+from pipeline.blas import one_blas_thread
 from pipeline.cases import completions, grow
 from pipeline.errors import ConfigError
 from pipeline.regression import HALO_PX, Filled, RegressionOptions, fill_acquisition, fill_series
@@ -173,13 +175,28 @@ def test_features_are_the_looks_closed_linearly_in_time_without_the_anchor() -> 
 
 def test_bytes_do_not_depend_on_threads() -> None:
     f = field(160, times=6, bands=3)
+    anchors = [1, 2, 3, 4]
     with threadpool_limits(1, user_api="blas"):
-        alone = fill(f, 2)
+        alone = [fill(f, anchor) for anchor in anchors]
     with threadpool_limits(2, user_api="blas"), ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(lambda anchor: fill(f, anchor), [1, 2, 3, 2]))
-    for other in (together[1], together[3]):
-        np.testing.assert_array_equal(other.codes, alone.codes)
-        np.testing.assert_array_equal(other.sigma, alone.sigma)
+        together = list(pool.map(lambda anchor: fill(f, anchor), 2 * anchors))
+    for one, other in zip(2 * alone, together, strict=True):
+        np.testing.assert_array_equal(other.codes, one.codes)
+        np.testing.assert_array_equal(other.sigma, one.sigma)
+
+
+def test_one_thread_holds_until_the_last_leaves() -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        first, second = one_blas_thread(), one_blas_thread()
+        with ExitStack() as last:
+            with first:
+                last.enter_context(second)
+                assert threads() == {1}
+            assert threads() == {1}  # the first has left, the second still computes
+        assert threads() == {2}
 
 
 def test_outside_the_core_there_is_no_data() -> None:

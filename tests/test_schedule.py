@@ -14,7 +14,7 @@ from small_region import InlineClient, objects, same_objects
 from typer.testing import CliRunner
 
 from pipeline import ledger as ledgers
-from pipeline import tick as ticks
+from pipeline import periodic as ticks
 from pipeline.agenda import listing
 from pipeline.cli import app
 from pipeline.due import begun, due
@@ -23,10 +23,10 @@ from pipeline.ledger import DamagedLedger, Entry, Ledger
 from pipeline.lock import hold
 from pipeline.mosaic import build
 from pipeline.objects import objects_at
+from pipeline.periodic import backfill, read_item, tick
 from pipeline.records import RunFolder
 from pipeline.schedule import load_schedule
 from pipeline.store import open_mosaic
-from pipeline.tick import backfill, read_item, tick
 
 
 def at(text: str) -> datetime:

@@ -12,8 +12,11 @@ from small_region import HEIGHT, WIDTH, layers_equal, recipe
 from pipeline.block import NO_DATA, OUTSIDE, READ_FAILED
 from pipeline.errors import ReadError
 from pipeline.grid import Grid
+from pipeline.looks import LookStream
 from pipeline.periods import Period
-from pipeline.planning import plan_tasks
+from pipeline.planning import STREAMING_GB, USABLE, peak_bytes, plan_tasks
+from pipeline.reader import ReadPool
+from pipeline.recipe import Recipe
 from pipeline.store import publish
 from pipeline.tasks import Task, compose_window, run_task
 
@@ -72,6 +75,32 @@ def test_what_a_task_writes_is_what_is_composed(whole, tmp_path, name):
             np.testing.assert_array_equal(store[f"uncertainty_{band}"][0], all_of_it.sigma[number])
     for layer in ("clear_count", "source_date", "flags"):
         np.testing.assert_array_equal(store[layer][0], getattr(all_of_it, layer))
+
+
+def test_reading_ahead_does_not_matter(whole):
+    _, _, asked, all_of_it = whole["median"]
+    cut = replace(asked, cut_px=(96, 64), ahead=False)
+    with ReadPool(threads=2, ahead=100) as pool:
+        for looks in LookStream(cut, (0, asked.grid.height), (0, asked.grid.width), pool):
+            there = (slice(*looks.rows), slice(*looks.cols))
+            np.testing.assert_array_equal(looks.clear.sum(axis=0), all_of_it.clear_count[there])
+
+
+@pytest.mark.parametrize("name", ["mean", "linear"])
+def test_memory_of_streaming_methods_does_not_follow_the_dates(whole, name):
+    job, _, asked, _ = whole["median"]
+    grid = replace(asked.grid, height=8192, width=8192, shard_px=2048)
+
+    def planned(name: str, dates: int) -> tuple[float, Recipe]:
+        looks = (asked.acquisitions * dates)[:dates]
+        method = asked.method.model_copy(update={"name": name})
+        cut, tasks = plan_tasks(replace(asked, grid=grid, method=method, acquisitions=looks, anchors=None), job)
+        return peak_bytes(cut, (tasks[0].rows[1], tasks[0].cols[1])), cut
+
+    steady = USABLE * 1e9 * (STREAMING_GB[0] + STREAMING_GB[1] * len(asked.bands))
+    assert all(planned(name, dates)[0] <= steady for dates in (12, 30, 60, 120, 365))
+    assert planned(name, 60)[1].cut_px == (1024, 1024)  # no block of the files is cut
+    assert planned("median", 60)[0] > steady  # which the limit allows
 
 
 def test_the_tasks_of_a_plan_cover_the_grid_once_and_skip_what_is_done(whole):

@@ -59,6 +59,9 @@ def test_a_training_leaves_weights_log_and_curves(samples: Path, tmp_path: Path)
         def step(self, units: int, *, megabytes: float = 0.0) -> None:
             pass
 
+        def event(self, what: str, **facts: Any) -> None:
+            pass
+
     made = train(training(tmp_path, store=str(samples)), progress=Listener())
     assert made.finished
     assert made.epochs == 3

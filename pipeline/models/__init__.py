@@ -3,6 +3,8 @@
     batch          what a model is, is given and gives back: dims, units, polarity
     timegate       the gate over time (Oehmcke et al. 2020, Algorithms 1 and 2)
     fusion         the residual U-Net on top of it (equation 4)
+    kriging        residuals of clear pixels carried into the gap, with a learned kernel
+    compact        the network that ships: kriging, a gate over estimates, a small U-Net; shared over bands
     losses         what training minimises
     discriminator  the adversary of the Pix2Pix scheme
     weights        safetensors files with the configuration inside: save, load, hash
@@ -18,11 +20,13 @@ from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
 from pipeline.models.batch import Model, ModelConfig
+from pipeline.models.compact import Compact, CompactConfig
 from pipeline.models.fusion import NetworkConfig, SmallConfig, TimeGateUNet
 
 NETWORKS: Final[dict[str, tuple[type[ModelConfig], type[Model]]]] = {
     "paper": (NetworkConfig, TimeGateUNet),
     "small": (SmallConfig, TimeGateUNet),
+    "compact": (CompactConfig, Compact),
 }
 """Every network by the ``name`` of its configuration: the class that reads the configuration, and the network's."""
 

@@ -42,6 +42,10 @@ class NetworkConfig(GateConfig):
     """Side of an attention window, in pixels of 1/8 scale; ``windowed`` only."""
     unit: Literal["reflectance", "scale"] = "reflectance"
     """What the U-Net's answer is measured in; ``scale``: in sigmas of the prior."""
+    patch_px: int = Field(default=320, gt=0)
+    stride_px: int = Field(default=256, gt=0)
+    border_px: int = Field(default=15, ge=0)
+    """Patches and border of the paper, which cuts and does not blend: its stride is 290."""
     sigma: bool = False
     """Answer a standard deviation per pixel and band, too."""
 
@@ -62,6 +66,9 @@ class SmallConfig(NetworkConfig):
     encoder: Literal["mnasnet_100", "mnasnet_075", "mnasnet_050", "mnasnet_small"] = "mnasnet_small"
     crossover: int = Field(default=192, ge=1)
     widths: tuple[int, int, int, int, int] = (64, 48, 32, 24, 24)
+    patch_px: int = Field(default=128, gt=0)
+    stride_px: int = Field(default=96, gt=0)
+    border_px: int = Field(default=8, ge=0)
 
 
 class TimeGateUNet(Model):

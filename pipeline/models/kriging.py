@@ -16,21 +16,18 @@ LEAST_SHARE = 0.3
 """A date serves where it is clear on more than this share of the patch."""
 TEXTURE_FLOOR = 3e-3
 """Reflectance added to a date's contrast, so that a date without any says nothing."""
-OUT = 1e4
-"""Noise of a place among the keys that holds no pixel."""
 
 
 class Kriging(nn.Module):
     """Residuals of clear pixels carried into the gap by similarity in space and series.
 
     Args:
-        keys: most clear pixels that speak, the nearest to the gap.
         dates: most dates compared, the nearest in time.
     """
 
-    def __init__(self, *, keys: int = 768, dates: int = 14) -> None:
+    def __init__(self, *, dates: int = 14) -> None:
         super().__init__()
-        self.keys, self.dates = keys, dates
+        self.dates = dates
         # two Laplace kernels, near and far; lengths in pixels and in standard deviations of the series
         self.log_space = nn.Parameter(torch.tensor([2.7, 4.0]))
         self.log_series = nn.Parameter(torch.tensor([-0.3, 0.2]))
@@ -39,16 +36,26 @@ class Kriging(nn.Module):
         self.fade = nn.Parameter(torch.tensor(0.3))  # weight of a date 30 days away: exp(-fade)
 
     def forward(
-        self, series: Tensor, weights: Tensor, residual: Tensor, usable: Tensor, nearness: Tensor
+        self,
+        series: Tensor,
+        weights: Tensor,
+        residual: Tensor,
+        usable: Tensor,
+        nearness: Tensor,
+        asked: Tensor,
+        *,
+        keys: int,
     ) -> tuple[Tensor, Tensor]:
-        """Carry residuals into every pixel of the patch.
+        """Carry residuals into the pixels asked for.
 
         Args:
             series: (B, D, C, H, W) standardised values on the dates compared, no missing ones.
-            weights: (B, D) weight of each date, 0 = not compared; the fade in time is applied by the caller's days.
+            weights: (B, D) weight of each date, from ``date_weights``; 0 = not compared.
             residual: (B, C, H, W) what the fit leaves over, in units of its error; 0 where unknown.
             usable: (B, 1, H, W) 1 = ``residual`` is known here.
             nearness: (B, 1, H, W) the smaller, the sooner a pixel becomes a key.
+            asked: (B, 1, H, W) 1 = an answer is wanted; elsewhere it is 0 and all is left.
+            keys: most clear pixels that speak.
 
         Returns:
             Correction (B, C, H, W) in the unit of ``residual``, and the variance left (B, 1, H, W): 1 where nothing
@@ -56,21 +63,27 @@ class Kriging(nn.Module):
         """
         b, _, _, h, w = series.shape
         features = self._features(series, weights)  # (B, N, F)
-        at, there = _nearest(usable.flatten(1), nearness.flatten(1), min(self.keys, h * w))
+        at, there = _nearest(usable.flatten(1), nearness.flatten(1), min(keys, h * w))
         key_features = _take(features, at)
         place = _places(h, w, series.device)[None].expand(b, -1, -1)
         key_place = _take(place, at)
-        kernel = self._kernel(key_place, key_features, key_place, key_features)
-        noise = self.log_noise.exp() + (1.0 - there) * OUT
+        both = there[:, :, None] * there[:, None]
+        kernel = self._kernel(key_place, key_features, key_place, key_features) * both
+        noise = self.log_noise.exp() + (1.0 - there)  # a place without a pixel stays regular and says nothing
         matrix = kernel + torch.diag_embed(noise)
         values = _take(residual.flatten(2).transpose(1, 2), at) * there[..., None]  # (B, M, C)
         factor = torch.linalg.cholesky(matrix)
         solved = torch.cholesky_solve(values, factor)
-        across = self._kernel(place, features, key_place, key_features) * there[:, None]  # (B, N, M)
-        correction = (across @ solved).transpose(1, 2).reshape(b, -1, h, w)
+        # only what is asked for, padded to the sample that asks for most
+        most = max(int(asked.flatten(1).sum(dim=1).max()), 1)
+        wanted = torch.argsort(asked.flatten(1), dim=1, descending=True, stable=True)[:, :most]
+        real = torch.gather(asked.flatten(1), 1, wanted)[..., None]
+        across = self._kernel(_take(place, wanted), _take(features, wanted), key_place, key_features) * there[:, None]
         # a cheap upper bound of the posterior variance: what the most alike key alone explains
-        alike = across.amax(dim=2) ** 2 / (1.0 + self.log_noise.exp())
-        return correction, (1.0 - alike).clamp(0.0, 1.0).reshape(b, 1, h, w)
+        alike = across.amax(dim=2, keepdim=True) ** 2 / (1.0 + self.log_noise.exp())
+        correction = _put((across @ solved) * real, wanted, h, w)
+        left = 1.0 - _put(alike.clamp(0.0, 1.0) * real, wanted, h, w)
+        return correction, left
 
     def _features(self, series: Tensor, weights: Tensor) -> Tensor:
         """(B, N, F): scaled so that the squared distance is a weighted mean over dates and bands."""
@@ -116,6 +129,13 @@ def _nearest(usable: Tensor, nearness: Tensor, most: int) -> tuple[Tensor, Tenso
 def _take(values: Tensor, at: Tensor) -> Tensor:
     """Rows (B, M, F) of (B, N, F)."""
     return torch.gather(values, 1, at[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _put(rows: Tensor, at: Tensor, h: int, w: int) -> Tensor:
+    """(B, C, H, W) with rows (B, M, C) at their pixels (B, M), 0 elsewhere."""
+    b, _, c = rows.shape
+    out = rows.new_zeros((b, h * w, c)).scatter(1, at[..., None].expand(-1, -1, c), rows)
+    return out.transpose(1, 2).reshape(b, c, h, w)
 
 
 def _places(h: int, w: int, device: torch.device) -> Tensor:

@@ -57,7 +57,8 @@ began = time.perf_counter()
 from pipeline.preview import preview
 preview(store=sys.argv[1], out=sys.argv[2])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-print(f"{time.perf_counter() - began:.2f} s with imports, peak {peak:.2f} GB")
+cpu = time.process_time()
+print(f"{time.perf_counter() - began:.2f} s with imports, {cpu:.2f} s of processor, peak {peak:.2f} GB")
 """
 
 

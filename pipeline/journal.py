@@ -1,0 +1,191 @@
+"""What happened, for machines: in come events of a run, out come JSON lines and Prometheus metrics.
+
+Every line holds time, run, store and what happened; a task's line also its period and task id. On disk the lines are
+appended to ``<store>.run/log.jsonl`` while the run goes on; in a bucket, which cannot append, they are written as
+``log-<run>.jsonl`` every half a minute and at the end. ``CLOUDGATE_METRICS`` names a file for Prometheus' textfile
+collector, or a port on loopback.
+"""
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, write_to_textfile
+
+from pipeline.objects import FileObjects, Objects
+
+EVERY_S: Final = 30.0
+MOST_BYTES: Final = 50_000_000
+"""A log that grew so large is put aside as ``log.1.jsonl``, over the one before."""
+_QUERY: Final = re.compile(r"(://[^\s?'\"]+)\?[^\s'\"]*")
+_SECRET: Final = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL", re.IGNORECASE)
+
+
+class Hears(Protocol):
+    """What hears of a run; see ``runner.Progress``."""
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A step begins."""
+
+    def step(self, units: int, *, megabytes: float = 0.0) -> None:
+        """Units are done."""
+
+    def event(self, what: str, **facts: Any) -> None:
+        """Something happened."""
+
+
+class Journal:
+    """Writes events down and passes everything on."""
+
+    def __init__(self, inner: Hears, objects: Objects, store: str) -> None:
+        self.inner, self.objects = inner, objects
+        self.common = {"run": uuid.uuid4().hex[:12], "store": without_query(store)}
+        self.lines: list[str] = []
+        self.kept = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+        self._write("say", {"text": text})
+        self.inner.say(text)
+
+    def begin(self, what: str, total: int) -> None:
+        """A step of ``total`` units begins."""
+        self._write("begin", {"what": what, "total": total})
+        self.inner.begin(what, total)
+
+    def step(self, units: int, *, megabytes: float = 0.0) -> None:
+        """So many units are done."""
+        self.inner.step(units, megabytes=megabytes)
+
+    def event(self, what: str, **facts: Any) -> None:
+        """Something happened: a task came back, a period was finished, a run began, ended or failed."""
+        self._write(what, facts)
+        if place := os.environ.get("CLOUDGATE_METRICS"):
+            metrics(place).take(what, facts)
+        self.inner.event(what, **facts)
+
+    def close(self) -> None:
+        """Keep what a bucket has not got yet."""
+        self._keep()
+
+    def _write(self, what: str, facts: dict[str, Any]) -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": at, "event": what, **self.common, **facts}, default=str)
+        line = clean(line)
+        if isinstance(self.objects, FileObjects):
+            append(self.objects.path / "log.jsonl", line)
+            return
+        self.lines.append(line)
+        if time.monotonic() - self.kept > EVERY_S:
+            self._keep()
+
+    def _keep(self) -> None:
+        if self.lines:
+            self.objects.put(f"log-{self.common['run']}.jsonl", ("\n".join(self.lines) + "\n").encode())
+        self.kept = time.monotonic()
+
+
+@contextmanager
+def recording(inner: Hears, objects: Objects, store: str) -> Iterator[Journal]:
+    """A journal of one run: says when it began and how it ended."""
+    journal = Journal(inner, objects, store)
+    journal.event("run", state="begun")
+    try:
+        yield journal
+    except BaseException as error:
+        journal.event("run", state="failed", message=f"{type(error).__name__}: {error}")
+        raise
+    else:
+        journal.event("run", state="ended")
+    finally:
+        journal.close()
+
+
+def append(path: Path, line: str) -> None:
+    """Append one line; a log that cannot be written never stops a run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > MOST_BYTES:
+            path.replace(path.with_suffix(".1.jsonl"))
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError:
+        return
+
+
+def without_query(text: str) -> str:
+    """Text whose addresses have lost their queries, which may hold tokens."""
+    return _QUERY.sub(r"\1", text)
+
+
+def clean(text: str) -> str:
+    """Text without queries of addresses and without the values of variables whose names tell a secret."""
+    text = without_query(text)
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= 6:
+            text = text.replace(value, "***")
+    return text
+
+
+class Metrics:
+    """Prometheus metrics of this process, to a file (whole or not at all) or on a loopback port."""
+
+    def __init__(self, place: str) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.path = None if place.isdigit() else Path(place)
+        self.tasks = Counter("cloudgate_tasks", "Tasks that came back", registry=registry)
+        self.bytes = Counter("cloudgate_bytes_read", "Bytes read from sources", registry=registry)
+        self.reads = Counter("cloudgate_reads", "Reads", registry=registry)
+        self.failed = Counter("cloudgate_failed_reads", "Reads that failed after all retries", registry=registry)
+        self.retries = Counter("cloudgate_read_retries", "Reads that were tried again", registry=registry)
+        self.seconds = Histogram(
+            "cloudgate_task_seconds", "Seconds a task took", registry=registry, buckets=(1, 3, 10, 30, 100, 300, 1000)
+        )
+        self.memory = Gauge("cloudgate_task_peak_bytes", "Most memory a task's worker held", registry=registry)
+        self.periods = Counter("cloudgate_periods", "Periods by outcome", ["state"], registry=registry)
+        self.last = Gauge("cloudgate_last_success_timestamp_seconds", "When a period was published", registry=registry)
+        self.server = start_http_server(int(place), addr="127.0.0.1", registry=registry) if place.isdigit() else None
+
+    def close(self) -> None:
+        """Free the port."""
+        if self.server:
+            server, thread = self.server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    def take(self, what: str, facts: dict[str, Any]) -> None:
+        """Count an event."""
+        if what == "task":
+            self.tasks.inc()
+            self.bytes.inc(facts.get("bytes_read", 0))
+            self.reads.inc(facts.get("reads", 0))
+            self.failed.inc(facts.get("failed", 0))
+            self.retries.inc(facts.get("retries", 0))
+            self.seconds.observe(facts.get("seconds", 0.0))
+            self.memory.set(max(facts.get("memory_bytes", 0), self.memory._value.get()))
+        elif what == "run" and facts.get("state") == "failed":
+            self.periods.labels("failed").inc()
+        elif what == "period":
+            self.periods.labels(facts.get("state", "unknown")).inc()
+            if facts.get("state") == "finished":
+                self.last.set_to_current_time()
+        if self.path:
+            write_to_textfile(str(self.path), self.registry)
+
+
+@cache
+def metrics(place: str) -> Metrics:
+    """The metrics of this process for a file or port, made once."""
+    return Metrics(place)

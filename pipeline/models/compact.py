@@ -1,0 +1,212 @@
+"""The network that ships. In: a ``Batch`` with classical estimates. Out: the targets completed, with one sigma.
+
+Small, shared over bands (any subset, any order) and normalised by the error that the prior claims, so that it carries
+over to places, bands and sensors it never saw. Three steps, each of which may be left out:
+
+    kriging   what the regression leaves over on clear pixels, carried into the gap (``pipeline.models.kriging``)
+    gate      X: shares of the estimates and of the nearest clear looks, per pixel and band (TimeGate's idea, applied to
+              estimates with known uncertainty instead of raw looks); starts at the kriging, without it at the prior
+    fusion    X + gamma * U-Net(...), gamma = 0 at the start
+
+Sources: Oehmcke et al. 2020, doi:10.1145/3423336.3429345 (equations 1 to 4); the gate over estimates and the scaling by
+local error are ours.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.estimates import CONTEXT, ESTIMATES
+from pipeline.models.batch import Batch, Completed, Model, ModelConfig
+from pipeline.models.kriging import Kriging, closed_series
+
+LIMIT = 8.0
+"""Deviations beyond this many sigmas are cut before the network sees them."""
+_FIT = ESTIMATES.index("fit")
+_DISTANCE, _FITTED = CONTEXT.index("distance"), CONTEXT.index("fitted")
+MEMBERS = ("prior", *ESTIMATES, "kriging")
+"""What the gate chooses among, in order."""
+FACTS = 2 * (len(MEMBERS) - 1) + len(CONTEXT) + 5
+"""Channels of ``_facts``."""
+
+
+class CompactConfig(ModelConfig):
+    """The compact network."""
+
+    name: Literal["compact"] = "compact"
+    patch_px: int = Field(128, ge=32, description="side of a patch at inference, pixels")
+    stride_px: int = Field(96, ge=16, description="from patch to patch, pixels")
+    border_px: int = Field(8, ge=0, description="outermost pixels of a patch that are not used")
+    kriging: bool = Field(True, description="carry what the fit leaves over into the gap")
+    keys: int = Field(1024, ge=16, description="most clear pixels that speak in a patch")
+    keys_training: int = Field(384, ge=16, description="the same while it learns, where patches are smaller")
+    dates: int = Field(14, ge=1, description="most dates compared by the kernel")
+    gate: bool = Field(True, description="choose among the estimates; else X is the kriging or the prior")
+    fusion: bool = Field(True, description="the residual U-Net")
+    width: int = Field(16, ge=4, description="channels of the U-Net at full resolution")
+    abstract: int = Field(8, ge=0, description="channels of the abstract features (maximum over members); 0 = none")
+    sigma: bool = Field(True, description="put out one sigma")
+
+
+class Compact(Model):
+    """See the module; ``forward`` answers for every pixel, whether the target is clear there or not."""
+
+    config: CompactConfig
+
+    def __init__(self, config: CompactConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.kriging = Kriging(dates=config.dates) if config.kriging else None
+        channels = FACTS
+        self.gate = Gate(channels, abstract=config.abstract) if config.gate else None
+        inner = channels + 1 + (config.abstract if config.gate else 0)
+        self.fusion = UNet(inner, 2, width=config.width) if config.fusion or config.sigma else None
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch: Batch, *, with_weights: bool = False) -> Completed:
+        """Complete the targets; ``weights`` are the shares of the looks just before and after the target."""
+        shape = batch.prior.shape
+        estimates, left = self._estimates(batch)
+        members = torch.cat([batch.prior[:, None], estimates], dim=1)  # (B, M, C, H, W)
+        z = ((members - batch.prior[:, None]) / batch.scale[:, None]).clamp(-LIMIT, LIMIT)
+        facts = _facts(batch, z, left)
+        z = z.movedim(2, 1).flatten(0, 1)  # (B*C, M, H, W)
+        x, abstract, shares = z[:, -1:], None, None  # the kriging; without it, the prior
+        if self.gate is not None:
+            x, abstract, shares = self.gate(z, facts)
+        image, sigma = x, None
+        if self.fusion is not None:
+            out = self.fusion(torch.cat([facts, x, *([] if abstract is None else [abstract])], dim=1))
+            image = x + self.gamma * out[:, :1] if self.config.fusion else x
+            sigma = torch.exp(out[:, 1:].clamp(-4.0, 4.0)) if self.config.sigma else None
+        return Completed(
+            image=batch.prior + batch.scale * image.view(shape),
+            aggregate=batch.prior + batch.scale * x.view(shape),
+            weights=_look_shares(batch, shares) if with_weights and shares is not None else None,
+            sigma=None if sigma is None else batch.scale * sigma.view(shape),
+        )
+
+    def _estimates(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, K+1, C, H, W) with the kriging as the last, and what it leaves unexplained (B, 1, H, W)."""
+        fit, fitted = batch.estimates[:, _FIT], batch.context[:, _FITTED, :1]
+        usable = batch.known * fitted
+        kriged, left = batch.prior, 1.0 - usable
+        if self.kriging is not None and bool(usable.any()):
+            others = (batch.days != 0) & batch.steps
+            clear = batch.present * batch.clear.amin(dim=2, keepdim=True) * others[:, :, None, None, None]
+            series, days, share = closed_series(batch.looks, clear, batch.days, self.config.dates)
+            nearness = -batch.context[:, _DISTANCE, :1]
+            weights = self.kriging.date_weights(days, share)
+            keys = self.config.keys_training if self.training else self.config.keys
+            residual = (batch.prior - fit) * usable
+            gap = fitted * (1.0 - batch.known)
+            correction, left = self.kriging(series, weights, residual, usable, nearness, gap, keys=keys)
+            kriged, left = torch.where(gap > 0, fit + correction, batch.prior), left * (1.0 - batch.known)
+        return torch.cat([batch.estimates, kriged[:, None]], dim=1), left
+
+
+def _facts(batch: Batch, z: Tensor, left: Tensor) -> Tensor:
+    """(B*C, channels, H, W): what the gate and the U-Net know about every pixel of a band."""
+    bands = batch.prior.shape[1]
+    others = z[:, 1:]
+    across = others.mean(dim=2, keepdim=True).expand_as(others)
+    residual = ((batch.prior - batch.estimates[:, _FIT]) / batch.scale).clamp(-LIMIT, LIMIT) * batch.known
+    context = batch.context.clone()
+    context[:, -1] = torch.log(context[:, -1] / batch.scale + 0.1)  # spread of the looks in units of the claimed error
+    every = torch.cat(
+        [
+            others,
+            across,
+            context,
+            residual[:, None],
+            batch.known[:, None].expand(-1, -1, bands, -1, -1),
+            left[:, None].expand(-1, -1, bands, -1, -1),
+            batch.prior[:, None] * 4.0,
+            torch.log(batch.scale[:, None]) + 4.5,
+        ],
+        dim=1,
+    )
+    return every.movedim(2, 1).flatten(0, 1)
+
+
+def _look_shares(batch: Batch, shares: Tensor) -> Tensor:
+    """(B, T, C, H, W): the shares of the looks just before and after the target, at their steps."""
+    b, t, c, h, w = batch.looks.shape
+    by_member = shares.view(b, c, len(MEMBERS), h, w)
+    out = torch.zeros_like(batch.looks)
+    usable = (batch.present * batch.clear.amin(dim=2, keepdim=True) > 0) & batch.steps[:, :, None, None, None]
+    clock = batch.days[:, :, None, None, None].expand(b, t, 1, h, w)
+    for name, side in (("previous", clock <= 0), ("next", clock > 0)):
+        away = torch.where(usable & side & (clock != 0), clock.abs(), torch.inf)
+        nearest, at = away.min(dim=1, keepdim=True)
+        share = by_member[:, :, MEMBERS.index(name)][:, None] * torch.isfinite(nearest)
+        out.scatter_add_(1, at.expand(b, 1, c, h, w), share)
+    return out
+
+
+class Gate(nn.Module):
+    """Shares of the estimates: a weight for each from its deviation and the facts, normalised to one.
+
+    ``X = start + alpha * (sum of shares times members - start)``, where the start is the last member, ``alpha = 0`` at
+    first: an untrained gate answers with the start. The members share all weights but one vector each.
+    """
+
+    def __init__(self, facts: int, *, abstract: int, hidden: int = 16) -> None:
+        super().__init__()
+        self.common = nn.Sequential(nn.Conv2d(facts, hidden, 3, padding=1), nn.Mish(), nn.Conv2d(hidden, hidden, 1))
+        self.own = nn.Conv2d(2, hidden, 1)
+        self.kind = nn.Parameter(torch.randn(len(MEMBERS), hidden) * 0.2)
+        self.weigh = nn.Conv2d(hidden, 1, 1)
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self.abstract = nn.Conv2d(hidden, abstract, 1) if abstract else None
+
+    def forward(self, z: Tensor, facts: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """X (N, 1, H, W) in sigmas from the prior, abstract features (N, A, H, W), shares (N, M, H, W)."""
+        n, m, h, w = z.shape
+        common = self.common(facts)[:, None]
+        own = self.own(torch.stack([z, z.abs()], dim=2).flatten(0, 1)).view(n, m, -1, h, w)
+        hidden = functional.mish(common + own + self.kind[None, :, :, None, None]).flatten(0, 1)
+        shares = self.weigh(hidden).view(n, m, h, w).softmax(dim=1)
+        features = None
+        if self.abstract is not None:
+            features = self.abstract(hidden).view(n, m, -1, h, w).amax(dim=1)
+        start = z[:, -1:]
+        return start + self.alpha * ((shares * z).sum(dim=1, keepdim=True) - start), features, shares
+
+
+class UNet(nn.Module):
+    """Two steps down and up again, padded by reflection, pixel-shuffle upwards; any height and width."""
+
+    def __init__(self, inputs: int, outputs: int, *, width: int) -> None:
+        super().__init__()
+        wide, wider = width * 2, width * 3
+        self.first = _pair(inputs, width)
+        self.down = nn.Sequential(nn.Conv2d(width, wide, 2, stride=2), _pair(wide, wide))
+        self.deep = nn.Sequential(nn.Conv2d(wide, wider, 2, stride=2), _pair(wider, wider, dilation=2))
+        self.up = nn.Sequential(nn.Conv2d(wider, wide * 4, 1), nn.PixelShuffle(2))
+        self.join = _pair(2 * wide, wide)
+        self.top = nn.Sequential(nn.Conv2d(wide, width * 4, 1), nn.PixelShuffle(2))
+        self.last = _pair(2 * width, width)
+        self.out = nn.Conv2d(width, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H, W)."""
+        h, w = x.shape[-2:]
+        x = functional.pad(x, (0, -w % 4, 0, -h % 4), mode="replicate")
+        first = self.first(x)
+        down = self.down(first)
+        middle = self.join(torch.cat([self.up(self.deep(down)), down], dim=1))
+        out: Tensor = self.out(self.last(torch.cat([self.top(middle), first], dim=1)))
+        return out[..., :h, :w]
+
+
+def _pair(inputs: int, outputs: int, *, dilation: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, padding_mode="replicate"),
+        nn.Mish(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, padding_mode="replicate"),
+        nn.Mish(),
+    )

@@ -1,0 +1,118 @@
+"""The weights that come with the package: no seam, any bands, small areas, untouched where observed."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.models.weights import SHIPPED, load_model
+from pipeline.predict import complete, halo_px, lattice_of
+
+pytestmark = pytest.mark.skipif(not (SHIPPED / "compact.safetensors").is_file(), reason="no weights ship yet")
+
+DAYS = np.array([19000, 19007, 19012, 19020, 19031, 19043], np.int32)
+ANCHOR = 2
+
+
+@pytest.fixture(scope="module")
+def compact():
+    return load_model("compact")
+
+
+def _scene(bands=4, height=300, width=280, seed=0):
+    """Parcels that grow at their own pace, the dates' gain, noise; round clouds on every date."""
+    rng = np.random.default_rng(seed)
+    parcel = rng.integers(0, 40, (height // 20 + 1, width // 20 + 1)).repeat(20, 0).repeat(20, 1)[:height, :width]
+    start, pace = rng.uniform(0.03, 0.35, (bands, 40)), rng.uniform(-0.002, 0.002, (bands, 40))
+    days = (DAYS - DAYS[ANCHOR])[:, None, None, None]
+    truth = (start[:, parcel] + pace[:, parcel] * days) * rng.uniform(0.95, 1.05, (len(DAYS), 1, 1, 1))
+    truth = truth + rng.normal(0, 0.003, truth.shape)
+    codes = np.clip(np.rint(truth * 10_000) + 1000, 1, 65534).astype(np.uint16)
+    rows, cols = np.mgrid[:height, :width]
+    clear = np.ones((len(DAYS), height, width), bool)
+    for layer, _ in itertools.product(clear, range(14 * height * width // (300 * 280) + 1)):
+        y, x, r = rng.integers(0, height), rng.integers(0, width), rng.integers(8, 30)
+        layer[(rows - y) ** 2 + (cols - x) ** 2 < r * r] = False
+    cloudy = np.where(clear[:, None], codes, 8000).astype(np.uint16)
+    return codes, cloudy, clear
+
+
+def _run(model, codes, clear, **more):
+    given = {"days": DAYS, "target": int(DAYS[ANCHOR]), "anchor": ANCHOR, "row0": 40, "col0": 7} | more
+    return complete(codes=codes, clear=clear, model=model, **given)
+
+
+def test_the_lattice_leaves_no_seam(compact):
+    """Shifted by half a patch the picture stays within 1e-3, and edges of patches do not show."""
+    _, codes, clear = _scene()
+    clear[ANCHOR, 40:260, 30:250] = False
+    usual = lattice_of(compact)
+    moved = replace(usual, shift_px=usual.patch_px // 2)
+    one, other = _run(compact, codes, clear), _run(compact, codes, clear, lattice=moved)
+    gap = ~clear[ANCHOR] & clear.any(axis=0)
+    difference = (one.codes.astype(float) - other.codes)[:, gap] / 1e4
+    assert np.sqrt((difference**2).mean()) < 1e-3
+    error = (one.codes.astype(float) - other.codes)[:, 45:255, 35:245]  # what the lattice alone makes
+    steps = np.abs(np.diff(one.codes.astype(float), axis=1))[:, 45:255, 35:245].mean(axis=(0, 2))
+    rows = np.arange(45, 255) + 1 + 40
+    edge = np.isin(rows % usual.stride_px, [usual.border_px, usual.border_px + usual.ramp_px])
+    assert edge.any()
+    assert steps[edge].mean() / steps[~edge].mean() < 1.1
+    assert np.isfinite(error).all()
+
+
+@pytest.mark.parametrize("n_bands", [3, 4, 5, 10])
+def test_any_bands_in_any_order_on_a_small_area(compact, n_bands):
+    truth, codes, clear = _scene(bands=n_bands, height=40, width=64)
+    order = np.random.default_rng(n_bands).permutation(n_bands)
+    made = _run(compact, np.ascontiguousarray(codes[:, order]), clear)
+    gap = ~clear[ANCHOR] & clear.any(axis=0)
+    assert gap.sum() > 100
+    assert (made.codes[:, gap] != 0).all()
+    off = np.abs(made.codes[:, gap].astype(float) - truth[ANCHOR][order][:, gap]) / 1e4
+    assert off.mean() < 0.02
+    if n_bands <= 4:  # more bands than that are regressed in groups, in the order given
+        straight = _run(compact, codes, clear)
+        assert np.abs(straight.codes[order].astype(int) - made.codes.astype(int)).max() <= 2
+
+
+def test_identity_single_look_and_nothing(compact):
+    _, codes, clear = _scene(height=60, width=60)
+    whole = clear.copy()
+    whole[ANCHOR] = True
+    np.testing.assert_array_equal(_run(compact, codes, whole).codes, codes[ANCHOR])
+    made = _run(compact, codes, clear)
+    np.testing.assert_array_equal(made.codes[:, clear[ANCHOR]], codes[ANCHOR][:, clear[ANCHOR]])
+    nothing = _run(compact, codes, np.zeros_like(clear))
+    assert (nothing.codes == 0).all()
+    single = np.zeros_like(clear)
+    single[4] = True
+    alone = _run(compact, codes, single)
+    assert (np.abs(alone.codes.astype(int) - codes[4].astype(int)) / 1e4).mean() < 0.02
+    assert (alone.source_date == DAYS[4]).all()
+
+
+def test_cuts_and_threads_do_not_change_a_byte(compact):
+    _, codes, clear = _scene(height=420, width=300, seed=3)
+    whole = _run(compact, codes, clear)
+    top = max(380 - halo_px(compact), 0)
+    torch.set_num_threads(2)
+    part = _run(
+        compact,
+        np.ascontiguousarray(codes[:, :, top:]),
+        np.ascontiguousarray(clear[:, top:]),
+        row0=40 + top,
+        core=(slice(380 - top, 420 - top), slice(50, 114)),
+    )
+    torch.set_num_threads(1)
+    for name in ("codes", "sigma", "source_date"):
+        np.testing.assert_array_equal(getattr(whole, name)[..., 380:420, 50:114], getattr(part, name), err_msg=name)
+
+
+def test_bf16_stays_within_a_thousandth(compact):
+    _, codes, clear = _scene(height=120, width=120)
+    full, low = _run(compact, codes, clear), _run(compact, codes, clear, precision="bf16")
+    difference = (full.codes.astype(float) - low.codes) / 1e4
+    assert np.sqrt((difference**2).mean()) < 1e-3
