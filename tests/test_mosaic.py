@@ -21,6 +21,8 @@ from small_region import (
 
 from pipeline import planning, runner
 from pipeline.bands import to_reflectance
+from pipeline.cluster import connect
+from pipeline.config import Cluster
 from pipeline.errors import NoItemsError, NothingClearError, StoreMismatchError
 from pipeline.grid import Grid
 from pipeline.items import EPOCH
@@ -79,10 +81,11 @@ def test_worker_processes_give_the_bytes_of_this_process(small, tmp_path, monkey
     build(job=small.job(tmp_path / "here.zarr", **_part(small)), client=InlineClient(monkeypatch))
     monkeypatch.undo()
     one_shard(monkeypatch)
-    for count in (1, 2):
-        store = tmp_path / f"{count}.zarr"
-        build(job=small.job(store, **_part(small)), client=SomeWorkers(client, count))
-        same_objects(tmp_path / "here.zarr", store)
+    with connect(Cluster(workers=4), memory_gb_per_worker=2) as four:
+        for count, workers in ((1, client), (2, client), (4, four)):
+            store = tmp_path / f"{count}.zarr"
+            build(job=small.job(store, **_part(small)), client=SomeWorkers(workers, count))
+            same_objects(tmp_path / "here.zarr", store)
 
 
 @pytest.mark.parametrize("method", ["median", "regression"])
