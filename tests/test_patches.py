@@ -35,9 +35,9 @@ def store(folder: Path) -> Store:
     return open_store(folder / "samples")
 
 
-def lessons(store: Store, *, epoch: int = 0, seed: int = 0, fit: Fit | None = None) -> Lesson:
-    """Every fifth sample, at most twenty."""
-    data = Patches(store, range(0, len(store.samples), 5)[:20], seed=seed, fit=fit)
+def lessons(store: Store, *, epoch: int = 0, seed: int = 0, fit: Fit | None = None, every: int = 5) -> Lesson:
+    """Some of the samples, at most twenty."""
+    data = Patches(store, range(0, len(store.samples), every)[:20], seed=seed, fit=fit)
     return collate([data[(epoch, number)] for number in range(len(data))])
 
 
@@ -140,7 +140,7 @@ def test_paper_mode_predicts_a_clouded_date_from_the_others(tmp_path: Path) -> N
     assert clouded.any()
     assert clouded.mean(dim=(1, 2)).max() <= 0.5
     fit = Fit(drop_looks=1, insert_target=0.5)
-    varied = lessons(store, fit=fit)
+    varied = lessons(store, fit=fit, every=1)
     steps = varied.given.steps.sum(dim=1)
     assert steps.min() >= 3
     assert len(set(steps.tolist())) > 1
