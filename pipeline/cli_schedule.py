@@ -14,7 +14,11 @@ from pipeline.errors import CloudgateError, ConfigError
 if TYPE_CHECKING:
     from pipeline.periodic import TickReport
 
-app = typer.Typer(help="Periodic mosaics: list, tick, backfill, run.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    help="Periodic mosaics: list, tick, backfill, run.\n\nExample: [bold]cloudgate schedule tick austria.yaml[/bold]",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
 
 File = Annotated[Path, typer.Argument(help="Schedule file (YAML).", show_default=False)]
 Areas = Annotated[list[str] | None, typer.Option("--area", help="Only this area; may be given several times.")]

@@ -64,6 +64,11 @@ class Source(_Base):
         description="a job (catalog, area, time, grid, mask ...) or the path of a job file; its bands are not used",
     )
     simulate: Simulated | None = Field(None, description="the simulator")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="how often its samples serve in an epoch: 0.25 takes a quarter of them, 5 each five times",
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:

@@ -98,6 +98,8 @@ def _place_of(training: Training, source: str, place: Place) -> str:
 def _about(training: Training) -> dict[str, Any]:
     """What decides the samples, as JSON."""
     asked = json.loads(training.model_dump_json(include={"bands", "seed", "sources", "cases"}))
+    for source in asked["sources"]:
+        del source["weight"]  # how often a sample serves is not what it is
     known = {"estimates": list(estimates.ESTIMATES), "context": list(estimates.CONTEXT)}
     return {"layout": LAYOUT, **asked, **known}
 

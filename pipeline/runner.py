@@ -44,12 +44,13 @@ def run_tasks(
     if not tasks:
         return
     told = orders or Orders()
+    where = str(path) if ":" in str(path) else str(Path(path).absolute())  # workers may stand in another folder
     # A task of its own, so that the scheduler can make it again when its holders die; a copy on every worker, since
     # the scheduler would else send all tasks to the one that has it.
     shared = client.submit(_same, recipe, pure=False)
 
     def submit(task: Task, _key: str, more: dict[str, Any]) -> Any:
-        return client.submit(work, shared, task, str(path), slot, told, **more)
+        return client.submit(work, shared, task, where, slot, told, **more)
 
     for report in Flight(client, tasks, submit, lambda task: _name(task, slot), told, [shared]):
         guard()

@@ -6,7 +6,7 @@ Fabric wraps both, so that precision, devices and strategy are its business.
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -22,6 +22,11 @@ from pipeline.models.batch import Batch, Completed, Model
 from pipeline.models.discriminator import BETAS, Discriminator, discriminator_loss, generator_loss
 from pipeline.models.losses import Loss, LossConfig
 from pipeline.patches import Lesson
+
+FEW: Final = 2
+QUICK: Final = 10.0
+"""Parameters of so few numbers (gamma, lengths of a kernel) move so many times as fast, and do not decay: what opens a
+branch from 0 would hold all behind it back."""
 
 
 class NotFiniteError(Exception):
@@ -49,7 +54,13 @@ class Scheme:
             self.judge_optimizer = self._adam(self.judge, betas)
 
     def _adam(self, module: nn.Module, betas: tuple[float, float]) -> Any:
-        adam = torch.optim.Adam(module.parameters(), lr=self.fit.rate, weight_decay=self.fit.weight_decay, betas=betas)
+        few = [p for p in module.parameters() if p.numel() <= FEW]
+        many = [p for p in module.parameters() if p.numel() > FEW]
+        groups = [
+            {"params": many, "weight_decay": self.fit.weight_decay, "pace": 1.0},
+            {"params": few, "weight_decay": 0.0, "pace": QUICK},
+        ]
+        adam = torch.optim.Adam([group for group in groups if group["params"]], lr=self.fit.rate, betas=betas)
         return cast(Any, self.fabric.setup_optimizers(adam))
 
     def step(self, lesson: Lesson, *, rate: float) -> dict[str, float]:
@@ -78,7 +89,7 @@ class Scheme:
         if not torch.isfinite(loss):
             raise NotFiniteError(f"the loss is {float(loss.detach())}")
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["pace"]
         optimizer.zero_grad()
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(net, optimizer, max_norm=self.fit.clip, error_if_nonfinite=False)

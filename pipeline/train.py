@@ -9,7 +9,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from pipeline.models import weights
 from pipeline.objects import write_whole
 from pipeline.patches import Lesson, Order, Patches, collate
 from pipeline.report import Progress, Silent
-from pipeline.samples import Store, open_store, split_samples
+from pipeline.samples import Sample, Store, open_store, split_samples
 from pipeline.scheme import NotFiniteError, Scheme
 
 STATE: Final = "state.pt"
@@ -117,6 +117,7 @@ class Course:
         self.training, self.fit = training, training.fit
         self.store = _checked_store(training)
         self.parts = split_samples(self.store.samples, training.split, seed=training.seed)
+        self.parts["train"] = _weighted(self.parts["train"], self.store.samples, training)
         self.fabric = _fabric(training)
         self.fabric.launch()
         self.scheme = Scheme(training, self.fabric, paper=self.paper)
@@ -338,6 +339,18 @@ class Course:
         )
 
 
+def _weighted(numbers: Sequence[int], samples: Sequence[Sample], training: Training) -> list[int]:
+    """Each training sample as often as its source's weight says; fractions are drawn by the seed."""
+    weights = {source.name: source.weight for source in training.sources}
+    rng = np.random.default_rng([training.seed, 21])
+    out: list[int] = []
+    for number in numbers:
+        place = samples[number].place
+        weight = weights[place if place in weights else place.rpartition("-")[0]]
+        out += [number] * (int(weight) + bool(rng.random() < weight % 1))
+    return out
+
+
 def _gamma(model: nn.Module) -> float:
     """The fusion network's scalar, NaN where there is none."""
     found = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "gamma" and p.numel() == 1]
@@ -385,7 +398,7 @@ def _request(training: Training, store: Store) -> dict[str, Any]:
     """What must stay the same for a training to go on."""
     asked = json.loads(training.model_dump_json(include={"bands", "seed", "model", "loss", "split", "fit"}))
     asked["fit"] = {name: value for name, value in asked["fit"].items() if name not in _FREE}
-    return {**asked, "store": store.about}
+    return {**asked, "weights": {source.name: source.weight for source in training.sources}, "store": store.about}
 
 
 def _line(row: Mapping[str, float], state: State) -> str:
