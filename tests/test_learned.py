@@ -307,8 +307,8 @@ def test_the_next_reads_are_in_flight_while_the_model_works(small, weights, monk
 
 
 def test_plan_reckons_with_the_model(small, weights):
-    learnt = plan(_part(small, weights), scouting=False).periods[0]["peak_memory_gb"]
-    plain = plan(_part(small, weights, method={"name": "regression"}), scouting=False).periods[0]["peak_memory_gb"]
+    learnt = plan(job=_part(small, weights), scouting=False).periods[0]["peak_memory_gb"]
+    plain = plan(job=_part(small, weights, method={"name": "regression"}), scouting=False).periods[0]["peak_memory_gb"]
     assert learnt > plain + 0.3
 
 
