@@ -368,7 +368,7 @@ def train(
 
     The samples are written first (needs GDAL); a machine that finds them written needs neither GDAL nor Dask.
 
-    Example: [bold]cloudgate train train.yaml --prepare && cloudgate train train.yaml --set fit.epochs=50[/bold]
+    Example: [bold]cloudgate train train.yaml --set fit.epochs=50[/bold]
     """
     with _kind(debug):
         from pipeline.learnfile import load_training

@@ -1,6 +1,7 @@
 """The scout: offsets against contradicting metadata, whole scenes that fail, anchors; frozen once."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -158,6 +159,7 @@ def test_the_record_is_what_every_task_obeys(small, tmp_path, monkeypatch):
     assert Scouted.from_dict(json.loads(json.dumps(record))).to_dict() == record
     again = tmp_path / "again.zarr"
     changed = replace(Scouted.from_dict(record), offsets=dict.fromkeys(record["offsets"], (0, "changed by hand")))
+    shutil.copytree(run.path, RunFolder(again).path, ignore=shutil.ignore_patterns("done*", "lock*", "manifest.json"))
     RunFolder(again).write(changed.to_dict(), "period-0000", "scout.json")
     build(job=small.job(again, **part), client=InlineClient(monkeypatch))
     assert (open_mosaic(store=again)["red"].values != first).any()

@@ -46,7 +46,7 @@ def _run(model, codes, clear, **more):
 
 def test_the_lattice_leaves_no_seam(compact):
     """Shifted by half a patch the picture stays within 3e-3 in a gap wider than a patch, and edges do not show."""
-    _, codes, clear = _scene()
+    truth, codes, clear = _scene()
     clear[ANCHOR, 40:260, 30:250] = False
     usual = lattice_of(compact)
     moved = replace(usual, shift_px=usual.patch_px // 2)
@@ -54,13 +54,12 @@ def test_the_lattice_leaves_no_seam(compact):
     gap = ~clear[ANCHOR] & clear.any(axis=0)
     difference = (one.codes.astype(float) - other.codes)[:, gap] / 1e4
     assert np.sqrt((difference**2).mean()) < 3e-3  # asked: 1e-3; see the notes to the benchmarks
-    error = (one.codes.astype(float) - other.codes)[:, 45:255, 35:245]  # what the lattice alone makes
-    steps = np.abs(np.diff(one.codes.astype(float), axis=1))[:, 45:255, 35:245].mean(axis=(0, 2))
+    error = one.codes.astype(float) - truth[ANCHOR]  # the ground's own edges are not the lattice's
+    steps = np.abs(np.diff(error, axis=1))[:, 45:255, 35:245].mean(axis=(0, 2))
     rows = np.arange(45, 255) + 1 + 40
     edge = np.isin(rows % usual.stride_px, [usual.border_px, usual.border_px + usual.ramp_px])
     assert edge.any()
     assert steps[edge].mean() / steps[~edge].mean() < 1.1
-    assert np.isfinite(error).all()
 
 
 @pytest.mark.parametrize("n_bands", [3, 4, 5, 10])

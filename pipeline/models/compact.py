@@ -143,7 +143,7 @@ def _look_shares(batch: Batch, shares: Tensor) -> Tensor:
         away = torch.where(usable & side & (clock != 0), clock.abs(), torch.inf)
         nearest, at = away.min(dim=1, keepdim=True)
         share = by_member[:, :, MEMBERS.index(name)][:, None] * torch.isfinite(nearest)
-        out.scatter_add_(1, at.expand(b, 1, c, h, w), share)
+        out.scatter_add_(1, at.expand(b, 1, c, h, w), share.to(out.dtype))
     return out
 
 

@@ -61,6 +61,20 @@ class Kriging(nn.Module):
             Correction (B, C, H, W) in the unit of ``residual``, and the variance left (B, 1, H, W): 1 where nothing
             is known, near 0 where alike clear pixels lie beside.
         """
+        with torch.autocast(series.device.type, enabled=False):  # a factorisation needs all of float32
+            return self._carried(series, weights, residual, usable, nearness, asked, keys)
+
+    def _carried(
+        self,
+        series: Tensor,
+        weights: Tensor,
+        residual: Tensor,
+        usable: Tensor,
+        nearness: Tensor,
+        asked: Tensor,
+        keys: int,
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` in full precision."""
         b, _, _, h, w = series.shape
         features = self._features(series, weights)  # (B, N, F)
         at, there = _nearest(usable.flatten(1), nearness.flatten(1), min(keys, h * w))
