@@ -299,6 +299,8 @@ def test_it_works_with_a_read_only_root_file_system(tmp_path):
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", program, "doctor", "--json"]
     if not shutil.which("unshare"):
         pytest.skip("unshare is not installed")
+    if program.is_relative_to("/tmp"):
+        pytest.skip("the program lies in /tmp, which this test covers")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode in (77, 1) and not done.stdout:
         pytest.skip(f"name spaces are not allowed here: {done.stderr[:200]}")
