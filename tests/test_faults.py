@@ -96,7 +96,9 @@ def same_arrays(one: Path, other: Path) -> None:
 
 def test_lasting_faults_are_flagged_counted_and_limited(small, tmp_path, monkeypatch, quick):
     with RangeServer(small.folder, faults=Faults(vanished=("*20210629*B04*",))) as server:
-        job = _job(small, server.url, tmp_path, "gone", limits={"max_failed_fraction": 0.9})
+        # without the temporal check, which marks a little less where a date is missing
+        plain = {"mask": {"temporal_check": False}}
+        job = _job(small, server.url, tmp_path, "gone", limits={"max_failed_fraction": 0.9}, **plain)
         summary = build(job=job, client=InlineClient(monkeypatch))
         assert summary.periods[0]["failed"] > 0
         made = open_mosaic(store=tmp_path / "gone.zarr").isel(time=0)
@@ -107,11 +109,11 @@ def test_lasting_faults_are_flagged_counted_and_limited(small, tmp_path, monkeyp
             build(job=strict, client=InlineClient(monkeypatch))
         assert not (tmp_path / "strict.zarr" / "0" / "zarr.json").exists()
     with RangeServer(small.folder) as server:
-        whole = _job(small, server.url, tmp_path, "whole")
+        whole = _job(small, server.url, tmp_path, "whole", **plain)
         build(job=whole, client=InlineClient(monkeypatch))
     all_there = open_mosaic(store=tmp_path / "whole.zarr").isel(time=0)
     counts, all_counts = (each["clear_count"].values.astype(int) for each in (made, all_there))
-    assert (counts <= all_counts).mean() > 0.99  # with a date less the temporal check marks a little less
+    assert (counts <= all_counts).all()
     assert (counts[struck] < all_counts[struck]).any()
     assert RunFolder(tmp_path / "gone.zarr").marks(0)[0]["failures"]
 
