@@ -194,31 +194,45 @@ def _gateway(spec: Cluster, _memory_gb: float) -> Iterator[Client]:
         from dask_gateway import Gateway
     except ImportError as error:
         raise _missing("gateway", error) from error
-    with Gateway(spec.address) as gateway:
+    gateway = Gateway(spec.address)
 
-        def new() -> Any:
-            wanted = {**spec.options}
-            known = gateway.cluster_options()
-            if "environment" in known:
-                wanted["environment"] = {**forwarded(), **dict(wanted.get("environment", {}))}
-            if unknown := sorted(set(wanted) - set(known)):
-                raise ConfigError(
-                    f"cluster.options: the gateway knows no {', '.join(unknown)}; it knows {', '.join(known) or 'none'}"
-                )
-            return gateway.new_cluster(shutdown_on_close=True, **wanted)
+    def new() -> Any:
+        wanted = {**spec.options}
+        known = gateway.cluster_options()
+        if "environment" in known:
+            wanted["environment"] = {**forwarded(), **dict(wanted.get("environment", {}))}
+        if unknown := sorted(set(wanted) - set(known)):
+            raise ConfigError(
+                f"cluster.options: the gateway knows no {', '.join(unknown)}; it knows {', '.join(known) or 'none'}"
+            )
+        return gateway.new_cluster(shutdown_on_close=True, **wanted)
 
+    with _ended(gateway.close, gateway):
         cluster = _started(spec, new)
-        cluster.scale(spec.workers)
-        try:
+        # `shutdown` waits for the gateway's word: merely closing leaves clusters behind
+        with _ended(cluster.shutdown, cluster.gateway):
+            cluster.scale(spec.workers)
             client = cluster.get_client(set_as_default=False)
             try:
                 yield client
             finally:
                 with suppress(Exception):
                     client.close(timeout=CLOSE_S / 2)
-        finally:
-            with suppress(Exception):
-                cluster.shutdown()  # waits for the gateway's word: merely closing leaves clusters behind
+
+
+@contextmanager
+def _ended(end: Callable[[], None], gateway: Any) -> Iterator[None]:
+    """Calls ``end`` and sees that the gateway's client does not close itself once more.
+
+    Its ``__del__`` closes whatever is not asynchronous, closed or not, and raises where its loop has ended already:
+    noise on the standard error stream at any later moment.
+    """
+    try:
+        yield
+    finally:
+        with suppress(Exception):
+            end()
+        gateway._asynchronous = True
 
 
 @contextmanager
@@ -361,7 +375,7 @@ def within[T](seconds: float, work: Callable[[], T], beats: Callable[[], float] 
     while thread.is_alive() and (left := (beats() if beats else began) + seconds - time.monotonic()) > 0:
         thread.join(left)
     if failed:
-        raise failed[0]
+        raise failed.pop()  # kept here it would hold its own traceback, and all that lies in those frames, in a circle
     if not done:
         raise TimeoutError(f"no answer within {seconds:g} s")
     return done[0]

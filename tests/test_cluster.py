@@ -1,5 +1,6 @@
 """Clusters of every kind that runs here, for real, and what would be submitted to the others."""
 
+import gc
 import json
 import os
 import signal
@@ -106,6 +107,17 @@ def test_a_worker_with_another_version_is_named(scheduler, tmp_path):
                 pass
     with pytest.raises(RunError, match=r"has numpy .*\(here 9\)"):
         cluster.check_versions({**cluster.versions(), "numpy": "9"})
+
+
+def test_a_gateway_that_is_not_there():
+    """Its client is closed once and for all: a second close when it is collected would be an unraisable exception."""
+    from pipeline.serve import _free_port
+
+    spec = Cluster(kind="gateway", address=f"http://127.0.0.1:{_free_port()}", wait_s=30)
+    with pytest.raises(RunError, match=r"gateway did not come up.*look at the gateway's log"):
+        with connect(spec, memory_gb_per_worker=1):
+            pass
+    gc.collect()
 
 
 @untidy
