@@ -2,13 +2,12 @@
 
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import AsJson, Debug, Overrides, kind, print_json
+from pipeline.console import AsJson, Debug, Overrides, day_of, kind, print_json
 from pipeline.errors import CloudgateError, ConfigError
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def backfill(
         from pipeline.schedule import load_schedule
 
         loaded = load_schedule(schedule, overrides=overrides or ())
-        start, end = _day("--from", first), _day("--to", last)
+        start, end = day_of("--from", first), day_of("--to", last)
         with terminal(quiet=as_json) as progress:
             report = fill(
                 schedule=loaded,
@@ -175,13 +174,6 @@ def _text(where: str) -> str:
         return sys.stdin.read() if where == "-" else Path(where).read_text()
     except OSError as error:
         raise ConfigError(f"--item: {where} cannot be read ({error}); give the path of a STAC Item, or -") from error
-
-
-def _day(name: str, text: str) -> date:
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(f"{name}: {text!r} is no date; write it as 2021-06-11") from None
 
 
 def _part(text: str) -> tuple[int, int]:

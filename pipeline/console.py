@@ -4,11 +4,12 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import CloudgateError
+from pipeline.errors import CloudgateError, ConfigError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -34,3 +35,15 @@ def kind(debug: bool) -> Iterator[None]:
 def print_json(data: Any) -> None:
     """Print an answer for a program."""
     typer.echo(json.dumps(data, indent=1, default=str))
+
+
+def day_of(name: str, text: str) -> date:
+    """The day that ``text`` says.
+
+    Raises:
+        ConfigError: for other text; ``name`` is the option it came from.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{name}: {text!r} is no date; write it as 2021-06-11") from None

@@ -80,6 +80,20 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def period_line(period: dict[str, Any]) -> str:
+    """What a run says of one period when it is over, in one line."""
+    if not period["published"]:
+        return f"{period['start']} to {period['end']}: not published: {period['message']}"
+    total = max(period["filled"] + period["unfilled"], 1)
+    anchors = f", anchors {', '.join(period['anchors'])}" if period.get("anchors") else ""
+    failed = f", {period['failed']} of {period['reads']} reads failed" if period["failed"] else ""
+    return (
+        f"{period['start']} to {period['end']}, shown {period['target']}: {period['scenes']} scenes, "
+        f"{100 * period['filled'] / total:.2f} % filled ({period['unfilled']} px without a clear look), "
+        f"{period['bytes_read'] / 1e6:.0f} MB read in {period['seconds']:.1f} s{failed}{anchors}"
+    )
+
+
 def show_items(found: "SearchResult") -> None:
     """Print the scenes of a search."""
     console = Console()
