@@ -6,7 +6,7 @@ import { SlippyMap } from "./map.js";
 const $ = (id) => document.getElementById(id);
 const small = matchMedia("(max-width: 700px), (max-height: 460px)");
 const state = { store: 0, slot: 0, layer: "", cut: "1", gamma: 1.3, compare: "off", swipe: 0.5 };
-let facts, map, pixel = null, turn = 0;
+let facts, map, pixel = null, turn = 0, drawn = 0; // turn: the last picture asked for, drawn: the last one on the map
 
 const store = () => facts.stores[state.store];
 const period = () => store().periods.find((p) => p.slot === state.slot) ?? store().periods.at(-1);
@@ -149,6 +149,7 @@ const rgb = () => (["red", "green", "blue"].every((b) => store().bands.includes(
 
 async function redraw() {
   const mine = ++turn;
+  map.on.busy(map.loading);
   syncPanel();
   remember();
   try {
@@ -161,10 +162,12 @@ async function redraw() {
     drawLegend(main.legend);
     showSwipe(other, main);
     say("");
-    map.draw();
   } catch (error) {
     if (mine === turn) say(error.message);
   }
+  if (mine !== turn) return;
+  drawn = turn;
+  map.draw();
 }
 
 function showSwipe(other) {
@@ -266,6 +269,7 @@ async function pick(x, y) {
   map.mark = [s.bounds[0] + col * s.resolution_m, s.bounds[3] - (row + 1) * s.resolution_m, s.bounds[0] + (col + 1) * s.resolution_m, s.bounds[3] - row * s.resolution_m];
   map.draw();
   $("pixel").hidden = false;
+  $("pixel").dataset.looks = "reading";
   document.body.classList.add("asked");
   reveal(x, y);
   options($("quantity"), quantities(s).map((q) => [q, nameOf(q)]), $("quantity").value || undefined);
@@ -286,10 +290,12 @@ async function pick(x, y) {
     pixel.looks = told.looks;
     $("pixel-said").textContent = told.failed ? `${told.failed} scenes could not be read, so their looks are missing: ${told.failures[0]}` : told.looks.length ? "" : "No scene of this period covers the pixel.";
     showPixel();
+    $("pixel").dataset.looks = "read";
   } catch (error) {
     if (asked !== pixel) return;
     $("pixel-said").textContent = `${error.message[0].toUpperCase()}${error.message.slice(1)}. ${pixel.composites ? "Only the composites are shown." : ""}`;
     showPixel();
+    $("pixel").dataset.looks = "failed";
   }
 }
 
@@ -423,7 +429,7 @@ async function begin() {
     hover: showPlace,
     pick,
     busy: (n) => { $("busy").classList.toggle("on", n > 0); $("busy").style.width = n ? `${100 - Math.min(n, 8) * 10}%` : "100%"; document.documentElement.dataset.map = "loading"; },
-    idle: () => { document.documentElement.dataset.map = "ready"; if (!begin.done) performance.mark("first-picture"); begin.done = true; },
+    idle: () => { if (drawn !== turn) return; document.documentElement.dataset.map = "ready"; if (!begin.done) performance.mark("first-picture"); begin.done = true; },
   });
   listen();
   const inset = map.inset();

@@ -107,6 +107,7 @@ export class SlippyMap {
   // -- drawing ---------------------------------------------------------------------------------------------
 
   draw() {
+    this.on.busy(this.loading);
     if (this.frame) return;
     this.frame = requestAnimationFrame(() => {
       this.frame = 0;
