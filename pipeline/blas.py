@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import OpenBLASController, threadpool_limits
 
 
 class _OneThread:
@@ -17,7 +17,6 @@ class _OneThread:
 
 
 _one = _OneThread()
-_fitting = threading.Lock()
 
 
 @contextmanager
@@ -25,11 +24,13 @@ def one_blas_thread() -> Iterator[None]:
     """Hold linear algebra to one thread, since the order of its sums follows their number.
 
     The setting belongs to the process. Were it set and taken back by every caller, one that leaves would lift it under
-    another that still computes (seen as one code's difference in a few pixels); so the first in sets it and the last
-    out takes it back. Callers do not hinder each other.
+    another that still computes; so the first in sets it and the last out takes it back, whatever their threads.
+    threadpoolctl lets only the thread that set a limit first change it, and silently does nothing for others, a task
+    in one of Dask's threads among them: control is taken from whoever has it. Callers do not hinder each other.
     """
     with _one.lock:
         if not _one.callers:
+            OpenBLASController.clear_controlling_thread(force=True)
             _one.limits = threadpool_limits(limits=1, user_api="blas")
         _one.callers += 1
     try:
@@ -38,15 +39,6 @@ def one_blas_thread() -> Iterator[None]:
         with _one.lock:
             _one.callers -= 1
             if not _one.callers and _one.limits is not None:
+                OpenBLASController.clear_controlling_thread(force=True)
                 _one.limits.restore_original_limits()
-
-
-@contextmanager
-def one_fit() -> Iterator[None]:
-    """As ``one_blas_thread``, and one caller at a time.
-
-    Two fits at once in one process were seen to differ by one code in a pixel of 17,000 with the limit held by both;
-    one after the other they never did. Processes do not hinder each other.
-    """
-    with _fitting, one_blas_thread():
-        yield
+                OpenBLASController.clear_controlling_thread(force=True)

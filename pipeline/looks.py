@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -23,7 +24,8 @@ from pipeline.errors import ReadError
 from pipeline.grid import Grid
 from pipeline.items import Asset, Item
 from pipeline.mask_models import lattice_window, state_on_lattice
-from pipeline.reader import ReadPool, coarse_grid, fuse_scenes, fuse_states, read_codes, read_window
+from pipeline.read_pool import ReadPool
+from pipeline.reader import coarse_grid, fuse_scenes, fuse_states, read_codes, read_window
 from pipeline.recipe import Recipe
 
 Span = tuple[int, int]
@@ -93,6 +95,10 @@ class _Block:
     fresh: int
     codes: Codes
     layers: list[list[tuple[Item, Codes, list[Future[Codes]]]]]
+
+
+def _undecided(item: Item) -> NDArray[np.uint8]:
+    raise ReadError(f"{item.id}: {item.offset_reason}, so what its pixels mean was not decided when the run began")
 
 
 def cuts(span: Span, shift: int, size: int) -> list[Span]:
@@ -179,9 +185,10 @@ class LookStream:
     def _state_of(self, item: Item, cells: Grid) -> Callable[[], NDArray[np.uint8]]:
         """What gives the scene's state on the cells: its class raster, or a cloud detector."""
         recipe = self.recipe
+        if item.offset_dn is None:
+            return partial(_undecided, item)
         if not recipe.mask_model:
-            asset, profile = item.assets[recipe.rule.asset], recipe.profile
-            return lambda: masks.apply_rule(read_window(asset, cells, kind="classes", profile=profile), recipe.rule)
+            return lambda: self._state_read(item, cells)
 
         def detect() -> NDArray[np.uint8]:
             seen = lattice_window(cells)
@@ -192,6 +199,15 @@ class LookStream:
             return state_on_lattice(name, reflectance=to_reflectance(codes), bands=recipe.bands, seen=seen, cells=cells)
 
         return detect
+
+    def _state_read(self, item: Item, cells: Grid) -> NDArray[np.uint8]:
+        rule = self.recipe.rule
+        state = masks.apply_rule(
+            read_window(item.assets[rule.asset], cells, kind="classes", profile=self.recipe.profile), rule
+        )
+        if item.id in self.recipe.clouded:
+            state[state != masks.NODATA] = masks.CLOUD
+        return state
 
     def _grow(self, strip: _Strip) -> None:
         """Gather a strip's states, fuse them by acquisition, and grow."""
@@ -247,6 +263,7 @@ class LookStream:
                 reads = [
                     self.pool.submit_codes(item.assets[band], part, item.offset_dn, array[number])
                     for number, band in enumerate(recipe.bands)
+                    if item.offset_dn is not None
                 ]
                 asked.append((item, array, reads))
             layers.append(asked)
@@ -277,13 +294,13 @@ class LookStream:
     def _wait(self, item: Item, reads: list[Future[Codes]]) -> bool:
         """Wait for all bands of a scene; False where any failed."""
         faults: list[Failure] = []
-        for band, future in zip(self.recipe.bands, reads, strict=True):
+        for band, future in zip(self.recipe.bands, reads, strict=bool(reads)):
             try:
                 future.result()
             except ReadError as error:
                 faults.append((item.id, band, str(error)))
         self.failures += faults
-        return not faults
+        return bool(reads) and not faults
 
     def _fuse(self, states: dict[str, NDArray[np.uint8]], good: list[tuple[str, Codes]], offset: Span) -> Codes:
         there = [(array, states[name]) for name, array in good if name in states]
@@ -303,7 +320,7 @@ class LookStream:
             0, block.fine.height, MASK_ROWS
         ):  # what is only passed on need not be held for the whole block
             codes = block.codes[:, :, top : top + MASK_ROWS]
-            marks[:, top : top + MASK_ROWS] = look(
+            unchecked = masks.Unchecked(
                 bits=strip.bits,
                 factor=recipe.factor,
                 offset=(strip.offset[0] + top, left),
@@ -314,6 +331,7 @@ class LookStream:
                 temporal_check=recipe.params.temporal_check,
                 rejected=np.array(recipe.rejected, bool),
             )
+            marks[:, top : top + MASK_ROWS] = look(unchecked)
         clear, hidden_by = (marks == 0, marks) if recipe.tells_shadow else (marks.view(bool), None)
         offset = (strip.offset[0], left)
         return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed, strip.bits, offset, hidden_by)

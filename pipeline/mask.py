@@ -7,15 +7,13 @@ Out: :class:`MaskLayers` on the grid, bool, True = affected, and ``clear = valid
 The way: :func:`apply_rule` turns values into a state; :func:`grow` opens and grows cloud and shadow in
 metres on the raster's own lattice; :func:`mask_block` brings both to the grid and adds what the temporal
 check finds (:mod:`pipeline.temporal`). :func:`cloud_mask` does the same lazily on a cube. All of it is
-exactly local: given :func:`halo_m` of margin, results do not depend on how blocks are cut.
+exactly local: given :func:`halo_m` of margin, results do not depend on how blocks are cut. What works on plain arrays
+lies in :mod:`pipeline.mask_blocks`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Final
 
-import cv2
 import dask.array as da
 import numpy as np
 import xarray as xr
@@ -25,6 +23,19 @@ from pipeline.bands import temporal_bands
 from pipeline.errors import ConfigError
 from pipeline.growth import grow as grow
 from pipeline.growth import halo_m as halo_m
+from pipeline.mask_blocks import (
+    CLOUD_BIT,
+    SHADOW_BIT,
+    Flags,
+    MaskLayers,
+    MaskParams,
+    Unchecked,
+    checked_bits,
+    clear_looks,
+    grown_bits,
+    look_bits,
+    mask_block,
+)
 from pipeline.mask_models import mask_model
 from pipeline.profiles import MaskRule
 from pipeline.sorting import Codes
@@ -50,10 +61,14 @@ __all__ = [
     "MaskLayers",
     "MaskParams",
     "MaskRule",
+    "Unchecked",
     "apply_rule",
+    "clear_looks",
     "cloud_mask",
     "grow",
+    "grown_bits",
     "halo_m",
+    "look_bits",
     "mask_block",
     "mask_model",
     "scene_fails",
@@ -63,35 +78,6 @@ __all__ = [
     "state_from_scl",
     "temporal_check",
 ]
-
-type Flags = NDArray[np.bool_]
-
-# Bits in which growth results travel from the raster's lattice to the grid.
-CLOUD_BIT: Final = 1
-SHADOW_BIT: Final = 2
-NODATA_BIT: Final = 4
-
-# Blocks run in threads of their own; OpenCV's would only fight them.
-cv2.setNumThreads(1)
-
-
-@dataclass(frozen=True)
-class MaskParams:
-    """Growth in metres on the ground, and whether dates are compared with each other."""
-
-    open_m: float = 40.0
-    cloud_grow_m: float = 100.0
-    shadow_grow_m: float = 100.0
-    temporal_check: bool = True
-
-
-@dataclass(frozen=True)
-class MaskLayers:
-    """Bool (T, H, W) each: True = cloudy, True = in shadow, and True = usable (valid and neither)."""
-
-    cloud: Flags
-    shadow: Flags
-    clear: Flags
 
 
 def temporal_check(*, codes: Codes, clear: Flags, days: NDArray[np.int32], nir: Codes | None = None) -> Flags:
@@ -120,164 +106,6 @@ def scene_fails(suspicious_share: float, *, max_share: float = 0.5) -> bool:
         max_share: On real series truly clear dates stay below 0.3, missed white scenes reach 0.9 to 1.
     """
     return bool(suspicious_share > max_share)
-
-
-def mask_block(
-    *,
-    state: State,
-    factor: int,
-    offset: tuple[int, int],
-    codes: Codes | None,
-    nir: Codes | None,
-    days: NDArray[np.int32],
-    resolution_m: float,
-    params: MaskParams,
-    shape: tuple[int, int] | None = None,
-) -> MaskLayers:
-    """Masks of one block of the grid, eager; halo as :func:`halo_m`, within ``state`` only.
-
-    Args:
-        state: uint8 (T, h, w) on a lattice ``factor`` times coarser than the grid.
-        factor: Grid pixels along one state pixel (2 for SCL under a 10 m grid).
-        offset: (rows, cols) of the block's pixel [0, 0] inside the state array, in grid pixels; with a
-            margin around the block it includes the margin.
-        codes: uint16 (T, H, W), the darkest band, or None: no temporal check, and valid is where the
-            state has data.
-        nir: uint16 (T, H, W) or None.
-        days: int32 (T,) since 1970-01-01, ascending.
-        resolution_m: Pixel size of the grid (not of the state).
-        params: Growth and checks.
-        shape: (H, W) of the block where ``codes`` is None; default: to the end of the state.
-
-    Returns:
-        Bool (T, H, W) layers. What the temporal check finds too bright is in ``cloud``, too dark in
-        ``shadow``; it is not grown.
-    """
-    cells = grown_bits(state=state, resolution_m=factor * resolution_m, params=params)
-    if codes is not None:
-        shape = (codes.shape[1], codes.shape[2])
-    elif shape is None:
-        shape = (state.shape[1] * factor - offset[0], state.shape[2] * factor - offset[1])
-    bits = _to_grid(cells, factor, offset, shape)
-    return _unpack(
-        _checked_bits(bits, codes, nir, None, days=days, temporal_check=params.temporal_check, rejected=None)
-    )
-
-
-def grown_bits(*, state: State, resolution_m: float, params: MaskParams) -> State:
-    """Cloud, shadow and no-data bits (T, h, w) uint8 after growth, on the state's own lattice (``resolution_m``)."""
-    cloud, shadow = grow(
-        state=state,
-        resolution_m=resolution_m,
-        open_m=params.open_m,
-        cloud_grow_m=params.cloud_grow_m,
-        shadow_grow_m=params.shadow_grow_m,
-    )
-    bits = np.multiply(state == NODATA, np.uint8(NODATA_BIT), dtype=np.uint8)
-    np.bitwise_or(bits, cloud.view(np.uint8), out=bits)
-    return np.bitwise_or(bits, np.left_shift(shadow.view(np.uint8), np.uint8(1)), out=bits)
-
-
-def clear_looks(
-    *,
-    bits: State,
-    factor: int,
-    offset: tuple[int, int],
-    valid: Flags,
-    codes: Codes,
-    nir: Codes | None,
-    days: NDArray[np.int32],
-    temporal_check: bool,
-    rejected: Flags,
-) -> Flags:
-    """Usable looks of one block, bool (T, H, W): what ``mask_block`` calls clear, from bits that are grown already.
-
-    Args:
-        bits: from ``grown_bits``, reaching over the block.
-        factor: Grid pixels along one cell of ``bits``.
-        offset: (rows, cols) of the block's [0, 0] inside ``bits``, in grid pixels.
-        valid: bool (T, H, W), True = all bands have data.
-        codes: uint16 (T, H, W), the darkest band.
-        nir: uint16 (T, H, W) or None.
-        days: int32 (T,), ascending.
-        temporal_check: Whether dates are compared with each other.
-        rejected: bool (T,), acquisitions of which nothing is usable.
-    """
-    clear = _to_grid(bits, factor, offset, (codes.shape[1], codes.shape[2])) == 0
-    np.logical_and(clear, valid, out=clear)
-    if temporal_check and len(codes) > 1:
-        bright, dark = bright_and_dark(codes=codes, clear=clear, days=days, nir=nir, rejected=rejected)
-        np.logical_xor(clear, np.logical_or(bright, dark, out=bright), out=clear)  # both lie within clear
-    clear[rejected] = False
-    return clear
-
-
-def look_bits(
-    *,
-    bits: State,
-    factor: int,
-    offset: tuple[int, int],
-    valid: Flags,
-    codes: Codes,
-    nir: Codes | None,
-    days: NDArray[np.int32],
-    temporal_check: bool,
-    rejected: Flags,
-) -> State:
-    """As ``clear_looks``, and what hides the others: uint8 (T, H, W), bit 1 cloud, 2 shadow, 4 no data, 0 = clear."""
-    there = _to_grid(bits, factor, offset, (codes.shape[1], codes.shape[2]))
-    return _checked_bits(there, codes, nir, valid, days=days, temporal_check=temporal_check, rejected=rejected)
-
-
-def _to_grid(cells: State, factor: int, offset: tuple[int, int], shape: tuple[int, int]) -> State:
-    """Nearest-neighbour upsampling of (T, h, w) and the cut to the block."""
-    (top, left), (height, width) = offset, shape
-    if top + height > cells.shape[1] * factor or left + width > cells.shape[2] * factor or min(offset) < 0:
-        raise ValueError(
-            f"a block of {shape} at {offset} does not lie in a state of {cells.shape[1:]} times {factor}; "
-            "read the state with the block's whole footprint"
-        )
-    if factor == 1:
-        return np.ascontiguousarray(cells[:, top : top + height, left : left + width])
-    rows = slice(top // factor, -(-(top + height) // factor))
-    cols = slice(left // factor, -(-(left + width) // factor))
-    wide = np.repeat(cells[:, rows, cols], factor, axis=2)[:, :, left % factor :][:, :, :width]
-    out = np.empty((len(cells), height, width), np.uint8)
-    for phase in range(factor):
-        # Grid rows of one phase inside their cells: rows (phase - top) mod factor, and so on by factor.
-        first = (phase - top) % factor
-        start = (first + top) // factor - rows.start
-        target = out[:, first::factor]
-        target[:] = wide[:, start : start + target.shape[1]]
-    return out
-
-
-def _checked_bits(
-    bits: State,
-    codes: Codes | None,
-    nir: Codes | None,
-    valid: Flags | None,
-    *,
-    days: NDArray[np.int32],
-    temporal_check: bool,
-    rejected: Flags | None,
-) -> State:
-    """Cloud, shadow and not-valid bits (T, H, W) on the grid, with the temporal check's findings."""
-    out = bits.copy()
-    for empty in (None if codes is None else codes == 0, None if valid is None else ~valid):
-        if empty is not None:
-            np.bitwise_or(out, np.left_shift(empty.view(np.uint8), np.uint8(2)), out=out)
-    if codes is not None and temporal_check and len(codes) > 1:
-        bright, dark = bright_and_dark(codes=codes, clear=out == 0, days=days, nir=nir, rejected=rejected)
-        np.bitwise_or(out, bright.view(np.uint8), out=out)
-        np.bitwise_or(out, np.left_shift(dark.view(np.uint8), np.uint8(1)), out=out)
-    if rejected is not None:
-        out[rejected] |= np.uint8(CLOUD_BIT)
-    return out
-
-
-def _unpack(bits: State) -> MaskLayers:
-    return MaskLayers(cloud=(bits & CLOUD_BIT) != 0, shadow=(bits & SHADOW_BIT) != 0, clear=bits == 0)
 
 
 def cloud_mask(
@@ -327,7 +155,7 @@ def cloud_mask(
 
     def finish(valid: Flags, bits: State, *refl: NDArray[np.float32]) -> State:
         codes, nir, *_ = [*(reflectance_to_codes(r) for r in refl), None, None]
-        return _checked_bits(bits, codes, nir, valid, days=days, temporal_check=params.temporal_check, rejected=barred)
+        return checked_bits(bits, codes, nir, valid, days=days, temporal_check=params.temporal_check, rejected=barred)
 
     if any(isinstance(array, da.Array) for array in arrays):
         # One chunk in time: dates are compared with each other. Chunks in space follow the pixels'.

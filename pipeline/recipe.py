@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         grid: of the mosaic.
         bands: in order.
-        acquisitions: in time order, offsets decided.
+        acquisitions: in time order; an item without a decided offset is not read and counts as failed.
         rule: how the mask's raster is read.
         mask_model: the detector that makes the mask from the bands instead; None where the raster is read.
         params: growth and checks.
@@ -33,6 +33,7 @@ class Recipe:
         method: name and options; of a learned one where its weights lie and their hash, never the weights.
         target: the day to show, days since 1970-01-01.
         rejected: per acquisition, whether the temporal check rejects it as a whole.
+        clouded: ids of items that count as cloud all over, see ``scout``.
         anchors: which acquisition to complete where.
         profile: read settings and credentials' kind (no secret).
         inside: (height, width) bool, packed bits, of a polygon area; None where all is inside.
@@ -41,7 +42,6 @@ class Recipe:
         origin: (row, col) on the lattice where the source files begin, so that sub-blocks fall on their blocks.
         threads: reads in flight.
         open_files: datasets a worker keeps open between reads.
-        mask_model: cloud detector to use instead of a raster, None for the raster.
     """
 
     grid: Grid
@@ -63,6 +63,7 @@ class Recipe:
     open_files: int = 64
     ahead: bool = True
     mask_model: str | None = None
+    clouded: frozenset[str] = frozenset()
 
     def __getstate__(self) -> bytes:
         """Compressed for the way to the workers: maps of anchors and of a polygon are large and smooth."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from pipeline.blas import one_fit
+from pipeline.blas import one_blas_thread
 from pipeline.errors import ConfigError
 from pipeline.regression_lattice import GRID_PX, HALO_PX, RegressionOptions, Windows, plan
 from pipeline.regression_windows import Bool, Float32, Group, Int32, UInt16
@@ -98,7 +98,7 @@ def fill_acquisition(
     lattice = plan(gap, row0, col0)
     if n_times > 1 and lattice.nodes:
         growth = _growth(clear[anchor], row0, col0)
-        with one_fit():
+        with one_blas_thread():
             windows = Windows(clear, days, anchor, lattice, options)
             for bands in _groups(n_bands):
                 part = Group(codes[:, bands], windows, options)

@@ -109,7 +109,8 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
         replace(
             a,
             items=tuple(
-                usable.get(i.id, replace(i, offset_dn=0, offset_reason="unread by the scout")) for i in a.items
+                usable.get(i.id, replace(i, offset_dn=None if seen else 0, offset_reason="unread by the scout"))
+                for i in a.items
             ),
         )
         for a in acquisitions
@@ -131,6 +132,7 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
         method=learned.prepare(job.method, job.bands),
         target=period.target,
         rejected=tuple(layer.fails for layer in seen.layers) if seen else (False,) * len(acquisitions),
+        clouded=frozenset(seen.clouded) if seen else frozenset(),
         anchors=seen.anchors if seen else None,
         profile=found.profile.model_copy(update={"verify_checksums": job.limits.verify_checksums}),
         inside=None if inside is None else np.packbits(inside, axis=1),

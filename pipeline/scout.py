@@ -30,6 +30,8 @@ MIN_PIXELS: Final = 40
 """Fewer clear, snow-free cells than this decide no offset."""
 OFFSET_P1: Final = 900
 """With the +1000 inside, even dark ground has DN of about 1000: a first percentile from here on says it is inside."""
+CLOUDED_SHARE: Final = 0.01
+"""With less of its ground clear than this, a scene is not worth asking for its offset: all of it counts as cloud."""
 SNOW_CLASS: Final = 11
 THREADS: Final = 8
 
@@ -56,13 +58,15 @@ class Scouted:
         offsets: item id -> (offset in DN, reason).
         layers: one per acquisition, in time order.
         anchors: which acquisition to complete where; None for methods that show a span.
-        unread: item id -> message of scenes that could not be read.
+        unread: item id -> message of scenes that could not be read; their offset is there if it is told without pixels.
+        clouded: ids of scenes so clouded that nothing decides their offset: all of them counts as cloud.
     """
 
     offsets: dict[str, tuple[int, str]]
     layers: tuple[Layer, ...]
     anchors: AnchorMap | None
     unread: dict[str, str]
+    clouded: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -71,6 +75,7 @@ class Scouted:
             "layers": [layer.__dict__ for layer in self.layers],
             "anchors": self.anchors.to_dict() if self.anchors else None,
             "unread": self.unread,
+            "clouded": list(self.clouded),
         }
 
     @classmethod
@@ -81,6 +86,7 @@ class Scouted:
             tuple(Layer(**layer) for layer in data["layers"]),
             AnchorMap.from_dict(data["anchors"]) if data["anchors"] else None,
             data["unread"],
+            tuple(data.get("clouded", ())),  # records of before know none
         )
 
     def apply(self, items: Sequence[Item]) -> list[Item]:
@@ -152,7 +158,10 @@ def scout(
     dark = bands[darkest(bands)]
     items = [item for acquisition in acquisitions for item in acquisition.items]
     views, unread = _look(items, coarse, dark, rule, profile, progress)
-    offsets = decide_offsets(views.values(), dark, profile, override_dn)
+    offsets, clouded = decide_offsets(views.values(), dark, profile, override_dn)
+    told = {item.id: _told(item, dark, profile, override_dn) for item in items if item.id in unread}
+    for name in clouded:
+        np.copyto(views[name].state, masks.CLOUD, where=views[name].state != masks.NODATA)
     state, codes = _fuse(acquisitions, views, offsets, dark, coarse)
     layers, footprints = _judge(acquisitions, state, codes, coarse, cell, grid, params)
     anchors = None
@@ -170,7 +179,8 @@ def scout(
             col0=coarse.col0,
             blend_cells=method.blend_m / coarse.resolution_m,
         )
-    return Scouted(offsets, layers, anchors, unread)
+    offsets |= {name: answer for name, answer in told.items() if answer is not None}
+    return Scouted(offsets, layers, anchors, unread, clouded)
 
 
 def decide(
@@ -182,14 +192,16 @@ def decide(
     profile: Profile,
     override_dn: int | None = None,
 ) -> tuple[list[Item], dict[str, str]]:
-    """Only the offsets: (items with ``offset_dn``, item id -> why it could not be read).
+    """Only the offsets: (items with ``offset_dn``, item id -> why it is left out: unreadable, or all cloud).
 
     Raises:
         ItemError: where nothing decides. RunError: if no item can be read.
     """
     coarse, _ = coarse_grid(grid, 0)
     views, unread = _look(items, coarse, band, rule, profile, None)
-    return Scouted(decide_offsets(views.values(), band, profile, override_dn), (), None, unread).apply(items), unread
+    offsets, clouded = decide_offsets(views.values(), band, profile, override_dn)
+    left_out = unread | {name: f"all cloud, offset unknown: {offsets.pop(name)[1]}" for name in clouded}
+    return Scouted(offsets, (), None, left_out).apply(items), left_out
 
 
 def _look(
@@ -230,17 +242,21 @@ def _look(
 
 def decide_offsets(
     views: Any, dark: str, profile: Profile, override_dn: int | None = None
-) -> dict[str, tuple[int, str]]:
+) -> tuple[dict[str, tuple[int, str]], tuple[str, ...]]:
     """Decide each item's additive offset in DN: override, policy, flag, explicit offset, baseline with the pixel check.
+
+    Returns:
+        (item id -> offset and reason, ids of scenes that nothing decides and that show no ground worth asking for).
 
     Raises:
         ItemError: where nothing decides, not even the tile's other dates.
     """
     decided: dict[str, tuple[int, str]] = {}
+    clouded: list[str] = []
     open_views: list[tuple[_View, str]] = []
     by_pixels: dict[str | None, list[int]] = {}
     for view in views:
-        answer = _decide(view, dark, profile, override_dn)
+        answer = _told(view.item, dark, profile, override_dn) or _by_pixels(view, dark)
         if isinstance(answer, str):
             open_views.append((view, answer))
             continue
@@ -254,17 +270,20 @@ def decide_offsets(
                 votes[0],
                 f"as the {len(votes)} other dates of tile {view.item.tile}; {why}",
             )
+        elif _clear_share(view, dark) < CLOUDED_SHARE:
+            decided[view.item.id] = (0, why)
+            clouded.append(view.item.id)
         else:
             raise ItemError(
                 f"item {view.item.id}: whether its pixels hold the +1000 offset of baseline 04.00 cannot be decided "
                 f"({why}, and the tile's other dates do not settle it); set offset_dn: 0 or offset_dn: -1000 in the job"
             )
-    return decided
+    return decided, tuple(clouded)
 
 
-def _decide(view: _View, dark: str, profile: Profile, override_dn: int | None) -> tuple[int, str] | str:
-    """(offset, reason), or in words why it is open."""
-    item, policy = view.item, profile.offset.policy
+def _told(item: Item, dark: str, profile: Profile, override_dn: int | None) -> tuple[int, str] | None:
+    """(offset, reason) where no pixel needs to be looked at, else None."""
+    policy = profile.offset.policy
     if override_dn is not None:
         return override_dn, "override of the job"
     if policy == "none":
@@ -277,7 +296,25 @@ def _decide(view: _View, dark: str, profile: Profile, override_dn: int | None) -
     baseline = float(item.baseline) if item.baseline else None
     if baseline is not None and baseline < 4:
         return 0, f"baseline {item.baseline} is before 04.00"
-    usable = (view.state == masks.CLEAR) & (view.dark != (asset.nodata or 0)) & (view.classes != SNOW_CLASS)
+    return None
+
+
+def _ground(view: _View, dark: str) -> NDArray[np.bool_]:
+    """Where a scene has data, snow included."""
+    return np.asarray(view.dark != (view.item.assets[dark].nodata or 0))
+
+
+def _clear_share(view: _View, dark: str) -> float:
+    """Share of a scene's ground that its mask calls clear, 0 to 1."""
+    ground = _ground(view, dark)
+    return np.count_nonzero(ground & (view.state == masks.CLEAR)) / max(np.count_nonzero(ground), 1)
+
+
+def _by_pixels(view: _View, dark: str) -> tuple[int, str] | str:
+    """(offset, reason) from the darkest clear ground, or in words why it stays open."""
+    item = view.item
+    baseline = float(item.baseline) if item.baseline else None
+    usable = (view.state == masks.CLEAR) & _ground(view, dark) & (view.classes != SNOW_CLASS)
     if np.count_nonzero(usable) < MIN_PIXELS:
         return f"baseline {item.baseline or 'unknown'}, only {np.count_nonzero(usable)} clear snow-free cells"
     p1 = float(np.percentile(view.dark[usable], 1))

@@ -20,7 +20,8 @@ from pipeline.blas import one_blas_thread
 from pipeline.block import NO_SIGMA, OUTSIDE, Layers, compose_block, has_uncertainty
 from pipeline.errors import ReadError, StoreError
 from pipeline.looks import Looks, LookStream, release_arrays
-from pipeline.reader import ReadPool, keep_open
+from pipeline.read_pool import ReadPool
+from pipeline.reader import keep_open
 from pipeline.recipe import Recipe
 from pipeline.records import RunFolder
 

@@ -23,7 +23,8 @@ from pipeline.jobfile import job_from_dict
 from pipeline.layers import FLAGS
 from pipeline.looks import Looks, LookStream
 from pipeline.periods import Period, first_periods, periods
-from pipeline.reader import ReadPool, spread_cells
+from pipeline.read_pool import ReadPool
+from pipeline.reader import spread_cells
 from pipeline.recipe import Recipe
 from pipeline.region import region_of
 from pipeline.request import Request, acquisitions_of, recipe_of

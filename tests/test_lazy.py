@@ -34,9 +34,7 @@ def test_lazy_and_job_agree_byte_for_byte(small, method):
         cube=cube, clouds=clouds, method=method, target=str(job.target), anchors=seen.anchors, trim_px=MARGIN_PX
     )
     assert (made.sizes["y"], made.sizes["x"]) == asked.grid.shape
-    # threads gave `regression` other bits (one code in one pixel), even one fit at a time: the cause is not found
-    scheduler = "synchronous" if method == "regression" else "threads"
-    with dask.config.set(scheduler=scheduler, num_workers=2):
+    with dask.config.set(scheduler="threads", num_workers=2):
         made = made.compute()
     np.testing.assert_array_equal(made["x"], asked.grid.x)
     np.testing.assert_array_equal(made["y"], asked.grid.y)

@@ -14,11 +14,12 @@ from rasterio.enums import Resampling
 from rasterio.warp import reproject, transform_bounds
 from shapely.geometry import box
 
-from pipeline import handles, reader, warp
+from pipeline import handles, read_pool, reader, warp
 from pipeline.errors import ItemError, ReadError
 from pipeline.grid import Grid
 from pipeline.items import Asset
 from pipeline.profiles import Profile
+from pipeline.read_pool import ReadPool
 from pipeline.reader import CLEAR, NODATA, dn_to_codes, fuse_scenes, read_coarse, read_window
 
 UTM = "EPSG:32633"
@@ -365,7 +366,7 @@ def test_pool_reads_in_parallel_counts_and_reports_failures(tmp_path, server):
     asset = write_cog(tmp_path / "a.tif", data)
     good = Asset(f"{url}/a.tif", asset.crs, asset.shape, asset.transform)
     bad = Asset(f"{url}/none.tif", asset.crs, asset.shape, asset.transform)
-    with reader.ReadPool(threads=4, ahead=3, profile=PROFILE) as pool:
+    with ReadPool(threads=4, ahead=3, profile=PROFILE) as pool:
         futures = [pool.submit(good, grid_at(r, 0, 50, 340)) for r in range(0, 300, 50)]
         lost = pool.submit(bad, grid_at(0, 0, 9, 9), "classes")
         got = np.concatenate([future.result() for future in futures])
@@ -393,9 +394,9 @@ def test_pool_bounds_what_is_in_flight(tmp_path, monkeypatch):
             running -= 1
         return np.zeros(grid.shape, np.uint16)
 
-    monkeypatch.setattr(reader, "read_window", slow)
+    monkeypatch.setattr(read_pool, "read_window", slow)
     asset = Asset("a.tif", UTM, (9, 9), (10.0, 0.0, 0.0, 0.0, -10.0, 0.0))
-    with reader.ReadPool(threads=2, ahead=3) as pool:
+    with ReadPool(threads=2, ahead=3) as pool:
         sent = []
         feeder = threading.Thread(target=lambda: sent.extend(pool.submit(asset, grid_at(0, 0, 2, 2)) for _ in range(8)))
         feeder.start()

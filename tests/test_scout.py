@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_region import InlineClient, recipe
+from small_region import InlineClient, recipe, undecidable
 
 from pipeline import codes
 from pipeline.errors import ItemError
@@ -48,7 +48,7 @@ def _view(
 
 
 def _decided(view, profile, **more):
-    return decide_offsets([view], "blue", load_profile(profile), **more)[view.item.id]
+    return decide_offsets([view], "blue", load_profile(profile), **more)[0][view.item.id]
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,28 @@ def test_the_order_of_what_decides(profile, facts, offset, why):
 
 def test_only_clear_ground_without_snow_is_looked_at():
     """Cloud and snow have no dark pixels: they would feign an offset."""
-    for facts in ({"clear": False}, {"snow": True}):
-        with pytest.raises(ItemError, match="only 0 clear snow-free cells"):
-            _decided(_view(baseline="05.09", level=4000.0, **facts), "planetary-computer")
+    with pytest.raises(ItemError, match="only 0 clear snow-free cells"):
+        _decided(_view(baseline="05.09", level=4000.0, snow=True), "planetary-computer")
+
+
+def test_a_scene_all_cloud_that_nothing_decides_is_cloud_and_asks_nobody():
+    view = _view("clouded", baseline="05.09", level=4000.0, clear=False)
+    offsets, clouded = decide_offsets([view], "blue", load_profile("planetary-computer"))
+    assert clouded == ("clouded",)
+    assert "only 0 clear" in offsets["clouded"][1]
+    view.state[:4, :3] = codes.CLEAR  # 12 of 1600 cells
+    assert decide_offsets([view], "blue", load_profile("planetary-computer"))[1] == ("clouded",)
+    view.state[:4, :8] = codes.CLEAR  # 2 %: worth asking
+    with pytest.raises(ItemError, match="only 32 clear snow-free cells"):
+        decide_offsets([view], "blue", load_profile("planetary-computer"))
 
 
 def test_the_tile_s_other_dates_decide_where_one_cannot():
     clouded = _view("clouded", baseline="05.09", clear=False)
+    clouded.state[0, :20] = codes.CLEAR  # too little to decide, enough to ask
     for level, offset in ((1100.0, -1000), (100.0, 0)):
         others = [_view(f"other{i}", baseline="05.09", level=level, seed=i) for i in range(3)]
-        decided = decide_offsets([clouded, *others], "blue", load_profile("planetary-computer"))
+        decided, _ = decide_offsets([clouded, *others], "blue", load_profile("planetary-computer"))
         assert decided["clouded"][0] == offset
         assert "as the 3 other dates of tile 33TWL" in decided["clouded"][1]
     elsewhere = [_view("far", baseline="05.09", level=1100.0, tile="33TWM")]
@@ -174,19 +186,20 @@ def test_an_undecidable_offset_asks_and_then_obeys(small, tmp_path, monkeypatch)
         "target": "2021-06-30",
     }
 
-    def clouded(features):
+    def silent(features):
         chosen = [f for f in features if "20210629" in f["id"] or "20210704" in f["id"]]
         assert len(chosen) == 4
+        for feature in chosen:
+            undecidable(feature)
         return chosen
 
-    items = small.changed_items(tmp_path / "items.json", clouded)
-    rule = {"asset": "scl", "cloud": list(range(1, 12)), "cloud_grow_m": 0, "open_m": 0}
+    items = small.changed_items(tmp_path / "items.json", silent)
     store = tmp_path / "store.zarr"
-    fields = part | {"catalog": str(items), "mask": rule}
+    fields = part | {"catalog": str(items)}
     with pytest.raises(ItemError, match=r"item S2A_33TW[LM]_20210629_1_L2A: .* set offset_dn: 0 or offset_dn: -1000"):
         build(job=small.job(store, **fields), client=InlineClient(monkeypatch))
     assert not store.exists()
-    answered = fields | {"offset_dn": -1000, "mask": {"source": "scl"}}
+    answered = fields | {"offset_dn": -1000}
     build(job=small.job(store, **answered), client=InlineClient(monkeypatch))
     record = RunFolder(store).read("period-0000", "scout.json")
     assert {tuple(value) for value in record["offsets"].values()} == {(-1000, "override of the job")}

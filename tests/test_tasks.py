@@ -15,7 +15,7 @@ from pipeline.grid import Grid
 from pipeline.looks import LookStream
 from pipeline.periods import Period
 from pipeline.planning import STREAMING_GB, USABLE, peak_bytes, plan_tasks
-from pipeline.reader import ReadPool
+from pipeline.read_pool import ReadPool
 from pipeline.recipe import Recipe
 from pipeline.store import publish
 from pipeline.tasks import Task, compose_window, run_task
@@ -163,6 +163,30 @@ def test_a_read_that_fails_is_flagged_and_reported(small, whole, tmp_path):
     same = ~failed & (counts == before)
     assert same[~south].mean() > 0.99
     np.testing.assert_array_equal(store["red"][0][same], all_of_it.codes[2][same])
+
+
+def test_a_scene_that_only_the_scout_failed_to_read_is_not_guessed_at(small, whole, tmp_path):
+    """Its pixels would have to say whether the +1000 is inside: read with a guess, they would be wrong by 0.1."""
+    job, seen, *_ = whole["median"]
+    (name,) = [name for name, (dn, _) in seen.offsets.items() if dn and "33TWL" in name]
+    unread = replace(seen, offsets={k: v for k, v in seen.offsets.items() if k != name}, unread={name: "stalled"})
+    _, _, asked = recipe(job, unread)
+    rows, cols = (300, 400), (100, 200)
+    with pytest.raises(ReadError, match=f"{name} scl: .* unread by the scout"):
+        compose_window(asked, rows, cols)
+    report = run_task(asked, Task((0, asked.grid.height), (0, asked.grid.width), ((0, 0),)), str(tmp_path / "m"), 0)
+    assert {item for item, _, _ in report.failures} == {name}
+
+
+def test_a_scene_too_clouded_to_know_its_offset_is_cloud(whole):
+    job, seen, asked, block = whole["median"]
+    (name,) = [name for name, (dn, _) in seen.offsets.items() if dn and "33TWL" in name]
+    _, _, hidden = recipe(job, replace(seen, clouded=(name,)))
+    rows, cols = (0, asked.grid.height), (0, asked.grid.width)
+    other = compose_window(hidden, rows, cols)
+    fewer = block.clear_count.astype(int) - other.clear_count
+    assert (fewer >= 0).mean() > 0.99  # the temporal check may judge a few others anew
+    assert (fewer > 0).sum() > 1000
 
 
 def test_outside_a_polygon_is_no_data_and_says_so(small, tmp_path):
