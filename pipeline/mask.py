@@ -56,8 +56,10 @@ from pipeline.temporal import bright_and_dark
 __all__ = [
     "CLEAR",
     "CLOUD",
+    "CLOUD_BIT",
     "NODATA",
     "SHADOW",
+    "SHADOW_BIT",
     "MaskLayers",
     "MaskParams",
     "MaskRule",

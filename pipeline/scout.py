@@ -307,7 +307,7 @@ def _ground(view: _View, dark: str) -> NDArray[np.bool_]:
 def _clear_share(view: _View, dark: str) -> float:
     """Share of a scene's ground that its mask calls clear, 0 to 1."""
     ground = _ground(view, dark)
-    return np.count_nonzero(ground & (view.state == masks.CLEAR)) / max(np.count_nonzero(ground), 1)
+    return int(np.count_nonzero(ground & (view.state == masks.CLEAR))) / max(int(np.count_nonzero(ground)), 1)
 
 
 def _by_pixels(view: _View, dark: str) -> tuple[int, str] | str:
