@@ -19,9 +19,10 @@ from typing import Any, Final
 import dask
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
-from pipeline.cluster_specs import dask_cluster, forwarded, slurm_arguments, without_secrets
+from pipeline.cluster_specs import dask_cluster, forwarded, slurm_arguments
 from pipeline.config import Cluster
 from pipeline.errors import ConfigError, RunError
+from pipeline.redaction import without_secrets
 
 _SETTINGS: Final = {
     # Tasks hold whole arrays that Dask cannot see; it must not pause or kill what the plan allowed for.

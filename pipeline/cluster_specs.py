@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from pipeline.config import Cluster
+from pipeline.redaction import tells_secret
 
 _FORWARDED: Final = re.compile(
     r"^(GDAL|CPL|VSI|PROJ|OGR|CLOUDGATE)_\w+$|^AWS_(ENDPOINT_URL|ENDPOINT_URL_S3|REGION|DEFAULT_REGION|PROFILE|"
     r"NO_SIGN_REQUEST|S3_ENDPOINT|VIRTUAL_HOSTING|HTTPS|REQUEST_PAYER)$|^(TORCH_HOME|HF_HOME|HF_HUB_OFFLINE)$"
 )
-_SECRET: Final = re.compile(r"KEY|SECRET|TOKEN|PASS|HEADER|USERPWD|AUTH|CREDENTIAL|COOKIE|BEARER", re.IGNORECASE)
-_QUERY: Final = re.compile(r"(?<=[^\s?'\"])\?[^\s'\"]*|(?<=://)[^/@\s]+(?=@)")
 _URL_WITH_PASSWORD: Final = re.compile(r"://[^/@\s]+@|[?&]\w*(?:sig|token|key)\w*=", re.IGNORECASE)
 
 
@@ -26,17 +25,8 @@ def forwarded(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted((os.environ if environment is None else environment).items())
-        if _FORWARDED.match(name) and not _SECRET.search(name) and not _URL_WITH_PASSWORD.search(value)
+        if _FORWARDED.match(name) and not tells_secret(name) and not _URL_WITH_PASSWORD.search(value)
     }
-
-
-def without_secrets(text: str) -> str:
-    """Text without query strings and without the value of any variable of this process whose name tells a secret."""
-    text = _QUERY.sub("", text)
-    for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) >= 6:
-            text = text.replace(value, "***")
-    return text
 
 
 def worker_arguments(spec: Cluster) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import CloudgateError, ConfigError
+from pipeline.redaction import without_secrets
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -28,7 +29,7 @@ def kind(debug: bool) -> Iterator[None]:
     except CloudgateError as error:
         if debug:
             raise
-        typer.secho(f"cloudgate: {error}", err=True, fg=typer.colors.RED)
+        typer.secho(f"cloudgate: {without_secrets(str(error))}", err=True, fg=typer.colors.RED)
         raise typer.Exit(error.exit_code) from None
 
 

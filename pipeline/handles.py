@@ -24,8 +24,9 @@ from rasterio.io import DatasetReader
 
 from pipeline.errors import ReadError
 from pipeline.profiles import Profile
-from pipeline.relay import Source, relayed
-from pipeline.signing import auth_settings, redact, sign
+from pipeline.redaction import redact
+from pipeline.relay import Source, relayed, repeated
+from pipeline.signing import auth_settings, sign
 
 DEFAULTS: Final = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
@@ -252,6 +253,8 @@ def with_dataset[T](
                 return result
         except (RasterioError, CPLE_BaseError, OSError) as error:
             said = words(error)
+        finally:
+            repeated(source.repeats() if source is not None else 0)
         if source is not None and source.gave_up is not None:
             raise source.gave_up
         fault = classify(said, remote=is_remote(href))
@@ -259,6 +262,7 @@ def with_dataset[T](
             _forget(address, href)
         if fault == "forbidden" and refused is None:
             refused = address  # once: a token may have run out since the dataset was opened
+            repeated(1)
             continue
         if (fault != "transient" and not (fault == "forbidden" and http)) or attempt >= tries:
             raise ReadError(_message(href, said, fault, attempt), transient=fault == "transient")
@@ -266,6 +270,7 @@ def with_dataset[T](
             # What neither server nor connection complained of may be bytes that came over wrong.
             source = Source(href, profile, agree=attempt > 1 or not _PASSING.search(said))
         time.sleep(min(backoff * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.5))  # noqa: S311 - a jitter
+        repeated(1)
         attempt += 1
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import LEARNED, Job
 from pipeline.errors import CloudgateError, ConfigError
+from pipeline.redaction import without_credentials
 
 
 def _expand(value: Any) -> Any:
@@ -149,6 +150,6 @@ def job_from_dict(data: Mapping[str, Any], *, folder: Path | None = None, what: 
 
 
 def job_json(job: Job) -> dict[str, Any]:
-    """The job as plain JSON values."""
+    """The job as plain JSON values, for records: the catalog's address has lost what lets one in."""
     out: dict[str, Any] = json.loads(job.model_dump_json())
-    return out
+    return {**out, "catalog": without_credentials(job.catalog)}

@@ -8,7 +8,6 @@ collector, or a port on loopback.
 
 import json
 import os
-import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,12 +20,11 @@ from typing import Any, Final, Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, write_to_textfile
 
 from pipeline.objects import FileObjects, Objects
+from pipeline.redaction import without_secrets
 
 EVERY_S: Final = 30.0
 MOST_BYTES: Final = 50_000_000
 """A log that grew so large is put aside as ``log.1.jsonl``, over the one before."""
-_QUERY: Final = re.compile(r"(://[^\s?'\"]+)\?[^\s'\"]*")
-_SECRET: Final = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL", re.IGNORECASE)
 
 
 class Hears(Protocol):
@@ -50,14 +48,14 @@ class Journal:
 
     def __init__(self, inner: Hears, objects: Objects, store: str) -> None:
         self.inner, self.objects = inner, objects
-        self.common = {"run": uuid.uuid4().hex[:12], "store": without_query(store)}
+        self.common = {"run": uuid.uuid4().hex[:12], "store": store}
         self.lines: list[str] = []
         self.kept = time.monotonic()
 
     def say(self, text: str) -> None:
         """One line of news."""
         self._write("say", {"text": text})
-        self.inner.say(text)
+        self.inner.say(without_secrets(text))
 
     def begin(self, what: str, total: int) -> None:
         """A step of ``total`` units begins."""
@@ -81,8 +79,7 @@ class Journal:
 
     def _write(self, what: str, facts: dict[str, Any]) -> None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": at, "event": what, **self.common, **facts}, default=str)
-        line = clean(line)
+        line = without_secrets(json.dumps({"time": at, "event": what, **self.common, **facts}, default=str))
         if isinstance(self.objects, FileObjects):
             append(self.objects.path / "log.jsonl", line)
             return
@@ -124,20 +121,6 @@ def append(path: Path, line: str) -> None:
         return
 
 
-def without_query(text: str) -> str:
-    """Text whose addresses have lost their queries, which may hold tokens."""
-    return _QUERY.sub(r"\1", text)
-
-
-def clean(text: str) -> str:
-    """Text without queries of addresses and without the values of variables whose names tell a secret."""
-    text = without_query(text)
-    for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) >= 6:
-            text = text.replace(value, "***")
-    return text
-
-
 class Metrics:
     """Prometheus metrics of this process, to a file (whole or not at all) or on a loopback port."""
 
@@ -148,7 +131,8 @@ class Metrics:
         self.bytes = Counter("cloudgate_bytes_read", "Bytes read from sources", registry=registry)
         self.reads = Counter("cloudgate_reads", "Reads", registry=registry)
         self.failed = Counter("cloudgate_failed_reads", "Reads that failed after all retries", registry=registry)
-        self.retries = Counter("cloudgate_read_retries", "Reads that were tried again", registry=registry)
+        told = "Times a read, or one of its requests, was repeated"
+        self.retries = Counter("cloudgate_read_retries", told, registry=registry)
         self.seconds = Histogram(
             "cloudgate_task_seconds", "Seconds a task took", registry=registry, buckets=(1, 3, 10, 30, 100, 300, 1000)
         )

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from pyproj import CRS
 from pyproj.exceptions import CRSError
@@ -25,11 +25,10 @@ from pipeline.footprints import as_floats, bbox_polygon, item_bbox
 from pipeline.grid import crs_name
 from pipeline.items import Asset, Item
 from pipeline.profiles import MaskRule, Profile
+from pipeline.redaction import without_credentials
 from pipeline.tiles import tile_origin
 
 _TILE = re.compile(r"(?:^|[._-])T?(\d{1,2}[C-HJ-NP-X][A-HJ-NP-Z][A-HJ-NP-V])(?=[._-]|$)")
-_SECRETS = {"sig", "signature", "token", "access_token", "apikey", "api_key", "key", "password"}
-_SECRETS |= {"x-amz-signature", "x-amz-credential", "x-amz-security-token", "awsaccesskeyid"}
 # relative orbit = (absolute + shift) mod 143 + 1, by satellite (ESA's cycle of 143 orbits)
 _ORBIT_SHIFT = {"sentinel-2a": 2, "sentinel-2b": -27}
 
@@ -249,16 +248,6 @@ def resolve_href(href: str, base: str | None, where: str = "link") -> str:
         scheme, rest = base.split("://", 1)  # urljoin knows no s3
         return scheme + urljoin("http://" + rest, href).removeprefix("http")
     return os.path.normpath(Path(base).absolute().parent / href)
-
-
-def without_credentials(href: str) -> str:
-    """The same URL without user name, password and signed query; tokens are added at read time."""
-    if "://" not in href:
-        return href
-    parts = urlsplit(href)
-    signed = any(key.casefold() in _SECRETS for key, _ in parse_qsl(parts.query, keep_blank_values=True))
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "" if signed else parts.query, parts.fragment))
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from pipeline.mosaic import build
 from pipeline.normalise import item_time
 from pipeline.periods import Period
 from pipeline.records import RunFolder
+from pipeline.redaction import without_secrets
 from pipeline.region import region_of
 from pipeline.request import SEARCH_MARGIN_M, Request, resolve
 from pipeline.runner import Progress, Silent
@@ -321,10 +322,10 @@ def _build(
 def _failed(ticker: Ticker, series: Series, period: Period, error: Exception, items: Sequence[str]) -> None:
     """Write a failure down with the time of the next try; a period that nothing shows is empty, not failed."""
     at = ticker.now.isoformat()
-    message = f"{type(error).__name__}: {error}"
+    message = without_secrets(f"{type(error).__name__}: {error}")
     if isinstance(error, NoItemsError | NothingClearError):
         key = period_key(series.job, period, items)
-        empty = Entry("empty", at, key, list(items), message=str(error), run=ticker.run)
+        empty = Entry("empty", at, key, list(items), message=without_secrets(str(error)), run=ticker.run)
         _tell(ticker, series, period, _record(ticker, series, period.slot, lambda _: empty), {})
         return
 

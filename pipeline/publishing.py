@@ -24,33 +24,23 @@ from pipeline.export import export_cogs, exported
 from pipeline.frozen import digest
 from pipeline.identity import RESULT_VERSION
 from pipeline.items import Acquisition, Item, day_text
-from pipeline.lock import Held
 from pipeline.periods import Period
 from pipeline.reader import dn_to_codes, read_window
 from pipeline.records import RunFolder
 from pipeline.request import Request, acquisitions_of
-from pipeline.runner import Progress, run_overviews
+from pipeline.runner import RunContext, run_overviews
 from pipeline.scout import Scouted, coarse_grid
 
 
-def publish_period(
-    request: Request,
-    period: Period,
-    seen: Scouted,
-    path: Path,
-    run: RunFolder,
-    client: Any,
-    progress: Progress,
-    lock: Held,
-) -> None:
+def publish_period(request: Request, period: Period, seen: Scouted, context: RunContext) -> None:
     """Overviews, then metadata in one go; earlier published periods stay published. STAC and GeoTIFFs follow.
 
     Raises:
         StoreError: if something cannot be written.
     """
-    job, grid = request.job, request.grid
-    levels = _overviews(request, period, path, run, client, progress, lock)
-    lock.check()
+    job, grid, path = request.job, request.grid, context.path
+    levels = _overviews(request, period, context)
+    context.guard()
     old = stores.read_attrs(path)
     about: dict[str, Any] = (
         dict(old["cloudgate"])
@@ -80,7 +70,7 @@ def publish_period(
     }
     _write_metadata(request, about, path, levels)
     if job.output.cog:
-        progress.say("writing Cloud-Optimized GeoTIFFs")
+        context.progress.say("writing Cloud-Optimized GeoTIFFs")
         export_cogs(store=path, out=beside(path, ".cog"), slots=[period.slot])
     _describe(request, period.slot, items, path)
 
@@ -128,15 +118,12 @@ def _describe(request: Request, slot: int, items: Sequence[Item], path: Path) ->
     )
 
 
-def _overviews(
-    request: Request, period: Period, path: Path, run: RunFolder, client: Any, progress: Progress, lock: Held
-) -> int:
+def _overviews(request: Request, period: Period, context: RunContext) -> int:
     """Write the period's overviews where they are asked for, or where the store's other periods have them: how many."""
     job, grid = request.job, request.grid
-    if not (job.output.overviews or stores.levels(path)):
+    if not (job.output.overviews or stores.levels(context.path)):
         return 0
-    layers = (job.bands, has_uncertainty(job.method))
-    run_overviews(path, grid, layers, period.slot, run, client, progress, guard=lock.check)
+    run_overviews(grid, (job.bands, has_uncertainty(job.method)), period.slot, context)
     return len(grid.levels()) - 1
 
 

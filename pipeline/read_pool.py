@@ -16,6 +16,7 @@ from pipeline.grid import Grid
 from pipeline.items import Asset
 from pipeline.profiles import Profile
 from pipeline.reader import read_codes, read_window
+from pipeline.relay import repeats
 from pipeline.warp import Kind
 
 
@@ -26,6 +27,7 @@ class ReadStats:
     Attributes:
         reads: finished, failed ones included.
         failed: of them without pixels.
+        retries: how often a read, or one of its requests, was repeated.
         bytes: of the arrays handed out.
         seconds: summed over threads, from the start of a read to its end, retries included.
         failures: (href without query string, message) of each failed read.
@@ -33,6 +35,7 @@ class ReadStats:
 
     reads: int = 0
     failed: int = 0
+    retries: int = 0
     bytes: int = 0
     seconds: float = 0.0
     failures: list[tuple[str, str]] = field(default_factory=list)
@@ -84,7 +87,7 @@ class ReadPool:
         return future
 
     def _counted(self, asset: Asset, work: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), repeats()
         pixels: NDArray[Any] | None = None
         problem: ReadError | None = None
         try:
@@ -96,6 +99,7 @@ class ReadPool:
         finally:
             with self._lock:
                 self.stats.reads += 1
+                self.stats.retries += repeats() - before
                 self.stats.seconds += time.perf_counter() - began
                 if pixels is not None:
                     self.stats.bytes += pixels.nbytes

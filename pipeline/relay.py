@@ -8,6 +8,7 @@ two answers agree. Files with a ``file:checksum`` can be fetched whole and compa
 """
 
 import hashlib
+import itertools
 import os
 import random
 import secrets
@@ -23,7 +24,8 @@ import requests
 
 from pipeline.errors import ReadError
 from pipeline.profiles import Auth, Profile, Retry
-from pipeline.signing import auth_settings, redact, sign
+from pipeline.redaction import redact
+from pipeline.signing import auth_settings, sign
 
 TIMEOUT_S: Final = (10.0, 20.0)
 """(to connect, between two pieces of an answer)."""
@@ -63,6 +65,7 @@ class Source:
         self.href, self.agree = href, agree
         self.auth, self.retry = (profile.auth, profile.retry) if profile else (Auth(), Retry())
         self.gave_up: ReadError | None = None
+        self._repeats = itertools.count()
         self._refused: str | None = None
         name, _, value = auth_settings(self.auth).get("GDAL_HTTP_HEADERS", "").partition(": ")
         self._headers = {"Accept-Encoding": "identity"} | ({name: value} if value else {})
@@ -83,6 +86,11 @@ class Source:
             if seen[digest] == 2:
                 return answer
         raise ReadError(f"cannot read {redact(self.href)}: no two answers agree", transient=True)
+
+    def repeats(self) -> int:
+        """How many requests were sent again since this was last asked."""
+        done, self._repeats = self._repeats, itertools.count()
+        return next(done)
 
     def _once(self, span: str, method: str) -> tuple[int, dict[str, str], bytes]:
         end, problem, refusals = time.monotonic() + self.retry.request_budget_s, "", 0
@@ -108,15 +116,29 @@ class Source:
             except requests.RequestException as error:
                 problem = type(error).__name__
             wait = _wait(answer, attempt, self.retry.backoff_s)
-            if time.monotonic() + wait > end:
+            if attempt + 1 == self.retry.request_tries or time.monotonic() + wait > end:
                 break
             time.sleep(wait)
+            next(self._repeats)
         self.gave_up = ReadError(
             f"cannot read {redact(self.href)}: {problem}; one request was tried for up to {self.retry.request_tries} "
             f"times and {self.retry.request_budget_s:g} s; wait and run again, it goes on where it stopped",
             transient=True,
         )
         raise self.gave_up
+
+
+_told = threading.local()
+
+
+def repeated(times: int) -> None:
+    """Note how often the read that this thread is at, or one of its requests, was repeated."""
+    _told.times = repeats() + times
+
+
+def repeats() -> int:
+    """What ``repeated`` was told in this thread so far."""
+    return int(getattr(_told, "times", 0))
 
 
 def _until(answer: requests.Response, end: float) -> Any:
@@ -239,9 +261,12 @@ def verified(href: str, checksum: str, profile: Profile | None) -> str:
     with gate:
         if href in _kept:
             return _kept[href]
-        source = Source(href, profile)
-        for _ in range(3):
-            status, _, body = source.get("")
+        for turn in range(3):
+            source = Source(href, profile)
+            try:
+                status, _, body = source.get("")
+            finally:
+                repeated(source.repeats() + (turn > 0))
             if status >= 300:
                 raise ReadError(f"cannot read {redact(href)}: HTTP {status}")
             if hashlib.new(known[0], body).hexdigest() == known[1]:

@@ -5,6 +5,7 @@ Overviews go the same way: one future per shard of a level, each level after the
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,34 @@ from pipeline.report import Silent as Silent
 from pipeline.tasks import Report, Task, run_task
 
 
-def run_tasks(
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    path: Path,
-    slot: int,
-    run: RunFolder,
-    client: Any,
-    progress: Progress,
-    *,
-    guard: Callable[[], None] = lambda: None,
-    orders: Orders | None = None,
-) -> None:
-    """Submit with bounded concurrency; mark each shard as its task comes back, while ``guard`` does not raise.
+@dataclass(frozen=True)
+class RunContext:
+    """What a run works with, whatever it is at.
+
+    Attributes:
+        path: the store.
+        records: its run records.
+        connect: gives the Dask client; called when there is work, so that a finished store needs no cluster.
+        progress: hears what goes on.
+        guard: asked before each mark; what it raises ends the work.
+        orders: see ``Orders``.
+    """
+
+    path: Path
+    records: RunFolder
+    connect: Callable[[], Any]
+    progress: Progress = field(default_factory=Silent)
+    guard: Callable[[], None] = lambda: None
+    orders: Orders = field(default_factory=Orders)
+
+    @property
+    def where(self) -> str:
+        """The store as workers find it, who may stand in another folder."""
+        return str(self.path) if ":" in str(self.path) else str(Path(self.path).absolute())
+
+
+def run_tasks(recipe: Recipe, tasks: Sequence[Task], slot: int, context: RunContext) -> None:
+    """Submit with bounded concurrency; mark each shard as its task comes back, while the guard does not raise.
 
     Raises:
         RunError: when workers or scheduler are gone, or a task hangs; what a task itself raises comes as it is.
@@ -40,28 +56,29 @@ def run_tasks(
     shards = Counter(shard for task in tasks for shard in task.shards)
     if shards and max(shards.values()) > 1:
         raise ValueError(f"tasks share a shard ({shards.most_common(1)[0][0]}); two writers could meet in it")
+    progress = context.progress
     progress.begin("shards", len(shards))
     if not tasks:
         return
-    told = orders or Orders()
-    where = str(path) if ":" in str(path) else str(Path(path).absolute())  # workers may stand in another folder
+    client = context.connect()
     # A task of its own, so that the scheduler can make it again when its holders die; a copy on every worker, since
     # the scheduler would else send all tasks to the one that has it.
     shared = client.submit(_same, recipe, pure=False)
 
     def submit(task: Task, _key: str, more: dict[str, Any]) -> Any:
-        return client.submit(work, shared, task, where, slot, told, **more)
+        return client.submit(work, shared, task, context.where, slot, context.orders, **more)
 
-    for report in Flight(client, tasks, submit, lambda task: _name(task, slot), told, [shared]):
-        guard()
+    for report in Flight(client, tasks, submit, lambda task: _name(task, slot), context.orders, [shared]):
+        context.guard()
+        facts = _facts(report)
         for number, shard in enumerate(report.task.shards):
-            run.mark(slot, shard, _facts(report) if number == 0 else {})
+            context.records.mark(slot, shard, facts if number == 0 else {})
         for note in report.notes:
             progress.say(f"task at {report.task.rows[0]}, {report.task.cols[0]}: {note}")
         progress.step(len(report.task.shards), megabytes=report.bytes_read / 1e6)
         row, col = report.task.shards[0]
-        facts = {name: value for name, value in _facts(report).items() if name != "failures"}
-        progress.event("task", period=slot, task=f"{slot}-{row}-{col}", **facts)
+        told = {name: value for name, value in facts.items() if name != "failures"}
+        progress.event("task", period=slot, task=f"{slot}-{row}-{col}", **told)
 
 
 def _name(task: Task, slot: int) -> tuple[str, str]:
@@ -83,52 +100,34 @@ def coarsen(
         return coarsen_shard(*where, slot, level, shard)
 
 
-def run_overviews(
-    path: Path,
-    grid: Grid,
-    layers: tuple[tuple[str, ...], bool],
-    slot: int,
-    run: RunFolder,
-    client: Any,
-    progress: Progress,
-    *,
-    guard: Callable[[], None] = lambda: None,
-    orders: Orders | None = None,
-) -> None:
+def run_overviews(grid: Grid, layers: tuple[tuple[str, ...], bool], slot: int, context: RunContext) -> None:
     """Write the overviews of one period whose full resolution is written; shards marked before are left out.
 
     Args:
-        path: the store.
         grid: of level 0.
         layers: the store's bands, and whether it has uncertainties.
         slot: index on ``time``.
-        run: its records.
-        client: a Dask client.
-        progress: hears of each shard.
-        guard: asked before each mark; what it raises ends the work.
-        orders: see ``Orders``.
+        context: see ``RunContext``.
     """
-    told, where = orders or Orders(), (str(Path(path).absolute()), grid, *layers)
-    levels = [(level, sorted({*shards} - run.done(slot, level))) for level, shards in level_shards(grid)]
-    progress.begin("overviews", sum(len(shards) for _, shards in levels))
+    records, orders, where = context.records, context.orders, (context.where, grid, *layers)
+    levels = [(level, sorted({*shards} - records.done(slot, level))) for level, shards in level_shards(grid)]
+    context.progress.begin("overviews", sum(len(shards) for _, shards in levels))
     for level, shards in levels:
 
         def submit(shard: tuple[int, int], _key: str, more: dict[str, Any], level: int = level) -> Any:
-            return client.submit(coarsen, shard, level, where, slot, told, **more)
+            return context.connect().submit(coarsen, shard, level, where, slot, orders, **more)
 
         def name(shard: tuple[int, int], level: int = level) -> tuple[str, str]:
             key = f"overview-{slot}-{level}-{shard[0]}-{shard[1]}"
             return key, f"shard {shard} of overview {level}"
 
-        for shard in Flight(client, shards, submit, name, told):
-            guard()
-            run.mark(slot, shard, {}, level)
-            progress.step(1)
+        for shard in Flight(context.connect(), shards, submit, name, orders) if shards else ():
+            context.guard()
+            records.mark(slot, shard, {}, level)
+            context.progress.step(1)
 
 
-def add_overviews(
-    path: Path, run: RunFolder, client: Any, progress: Progress, *, guard: Callable[[], None] = lambda: None
-) -> int:
+def add_overviews(context: RunContext) -> int:
     """Write the overviews of all finished periods of a store and publish them; nothing where they exist.
 
     Returns:
@@ -137,6 +136,7 @@ def add_overviews(
     Raises:
         StoreMismatchError: without a finished store. StoreError: if the store cannot be written.
     """
+    path = context.path
     attrs = store.finished(path)
     about = attrs["cloudgate"]
     grid = Grid.from_dict(about["grid"])
@@ -144,8 +144,8 @@ def add_overviews(
     if store.levels(path) < levels:
         layers = (tuple(attrs["bands"]), store.uncertain(path, attrs["bands"]))
         for slot in sorted(int(slot) for slot, made in about["periods"].items() if made.get("published", True)):
-            run_overviews(path, grid, layers, slot, run, client, progress, guard=guard)
-        guard()
+            run_overviews(grid, layers, slot, context)
+        context.guard()
         store.publish_overviews(path, levels)
     return levels
 
@@ -158,9 +158,11 @@ def _facts(report: Report) -> dict[str, Any]:
     return {
         "seconds": round(report.seconds, 3),
         "read_seconds": round(report.read_seconds, 3),
+        "write_seconds": round(report.write_seconds, 3),
         "memory_bytes": report.memory_bytes,
         "bytes_read": report.bytes_read,
         "reads": report.reads,
+        "retries": report.retries,
         "failures": [list(f) for f in report.failures[:200]],
         "failed": len(report.failures),
         "filled": report.filled,

@@ -25,7 +25,6 @@ RENEW_S: Final = 60.0
 TIMEOUT_S: Final = (10.0, 30.0)
 TRIES: Final = 4
 _BLOB_HOST: Final = re.compile(r"^([a-z0-9]+)\.blob\.core\.windows\.net$")
-_QUERY: Final = re.compile(r"(?<=[^\s?'\"])\?[^\s'\"]*")
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,3 @@ def auth_settings(auth: Auth) -> dict[str, str]:
     settings = {"GDAL_HTTP_NETRC": "YES", "GDAL_HTTP_COOKIEFILE": ""}
     netrc = os.environ.get("NETRC")
     return {**settings, "GDAL_HTTP_NETRC_FILE": netrc} if netrc else settings
-
-
-def redact(text: str) -> str:
-    """Text without the query strings of its addresses, so that no token reaches a message or log."""
-    return _QUERY.sub("", text)

@@ -23,7 +23,8 @@ from pystac_client.warnings import PystacClientWarning
 from urllib3 import Retry
 
 from pipeline.errors import CatalogError, RequestError
-from pipeline.normalise import resolve_href, without_credentials
+from pipeline.normalise import resolve_href
+from pipeline.redaction import without_credentials
 
 _JSON_TYPES = {"FeatureCollection", "Feature", "Catalog", "Collection"}
 _IN_FOLDER = ("catalog.json", "collection.json", "items.geojson", "items.json")

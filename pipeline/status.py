@@ -55,7 +55,7 @@ def status(store: str | Path) -> dict[str, Any]:
 
 def tally(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The facts of a period's shards, summed."""
-    names = ("bytes_read", "reads", "failed", "filled", "unfilled", "outside")
+    names = ("bytes_read", "reads", "retries", "failed", "filled", "unfilled", "outside")
     out: dict[str, Any] = {name: sum(mark.get(name, 0) for mark in marks) for name in names}
     out["shards"] = len(marks)
     for name in ("seconds", "memory_bytes"):

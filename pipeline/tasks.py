@@ -45,8 +45,10 @@ class Report:
     task: Task
     seconds: float = 0.0
     read_seconds: float = 0.0
+    write_seconds: float = 0.0
     bytes_read: int = 0
     reads: int = 0
+    retries: int = 0
     failures: list[tuple[str, str, str]] = field(default_factory=list)
     filled: int = 0
     unfilled: int = 0
@@ -80,12 +82,16 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | N
         for looks in stream:
             _place(layers, recipe, task, looks.rows, looks.cols, _compose(recipe, looks), report)
         report.failures, report.scenes = stream.failures, len(stream.seen)
-        report.bytes_read, report.read_seconds, report.reads = pool.stats.bytes, pool.stats.seconds, pool.stats.reads
+        stats = pool.stats
+        report.bytes_read, report.read_seconds = stats.bytes, stats.seconds
+        report.reads, report.retries = stats.reads, stats.retries
     if fence is not None and (RunFolder(path).read("request.json") or {}).get("run") != fence:
         raise StoreError(f"store {path}: another run began it anew meanwhile; nothing was written")
+    composed = time.perf_counter()
     for name in list(layers):
         store.write_region(path, recipe.grid, slot, task.rows, task.cols, {name: layers.pop(name)})
-    report.seconds, report.memory_bytes = time.perf_counter() - began, peak_bytes()
+    ended = time.perf_counter()
+    report.seconds, report.write_seconds, report.memory_bytes = ended - began, ended - composed, peak_bytes()
     return report
 
 

@@ -145,15 +145,17 @@ class InlineClient:
         order: keys of the tasks in the order they finished; overviews do not count.
     """
 
-    def __init__(self, monkeypatch: Any, *, workers: int = 2, seed: int = 0) -> None:
-        self.workers, self.random = workers, random.Random(seed)
+    def __init__(
+        self, monkeypatch: Any, *, workers: int = 2, seed: int = 0, resources: dict[str, float] | None = None
+    ) -> None:
+        self.workers, self.random, self.resources = workers, random.Random(seed), resources or {}
         self.flying: list[InlineFuture] = []
         self.peak, self.order = 0, []
         monkeypatch.setattr("pipeline.flight.Landings", lambda: self)
 
     def scheduler_info(self, n_workers: int = 5) -> dict[str, Any]:
         """As many workers as were asked for."""
-        return {"workers": {number: {} for number in range(self.workers)}}
+        return {"workers": {number: {"resources": self.resources} for number in range(self.workers)}}
 
     def replicate(self, futures: Any) -> None:
         """Nothing to copy."""

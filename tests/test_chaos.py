@@ -19,7 +19,7 @@ from pipeline.flight import Orders
 from pipeline.mosaic import build
 from pipeline.planning import all_tasks
 from pipeline.records import RunFolder
-from pipeline.runner import Silent, run_tasks
+from pipeline.runner import RunContext, run_tasks
 
 _spec = importlib.util.spec_from_file_location("chaos", Path(__file__).parent / "benchmarks" / "chaos.py")
 assert _spec
@@ -49,12 +49,12 @@ def test_a_read_that_hangs_ends_with_its_worker(small: SmallRegion, tmp_path: Pa
     scene = next(Path(i.assets["red"].href) for a in made.acquisitions for i in a.items)
     scene.unlink()
     os.mkfifo(scene)  # opening it waits for a writer that never comes
-    run = RunFolder(tmp_path / "m.zarr")
+    store, run = tmp_path / "m.zarr", RunFolder(tmp_path / "m.zarr")
     (task,) = all_tasks(made.grid, (2, 2))
     with connect(Cluster(workers=1), memory_gb_per_worker=2) as client:
         before = client.run(os.getpid)
         with pytest.raises(RunError, match=r"task of rows 0 to .* took longer than limits.task_timeout_s \(3 s\) on 2"):
-            run_tasks(made, [task], tmp_path / "m.zarr", 0, run, client, Silent(), orders=Orders(timeout_s=3))
+            run_tasks(made, [task], 0, RunContext(store, run, lambda: client, orders=Orders(timeout_s=3)))
         end, after = time.monotonic() + 120, before
         while not set(after.values()).isdisjoint(before.values()):
             assert time.monotonic() < end
@@ -65,7 +65,8 @@ def test_a_read_that_hangs_ends_with_its_worker(small: SmallRegion, tmp_path: Pa
 
 
 def test_a_run_whose_workers_vanish_ends_with_a_word(small: SmallRegion, tmp_path: Path):
-    _, _, made = recipe(small.job(tmp_path / "m.zarr"))
+    store = tmp_path / "m.zarr"
+    _, _, made = recipe(small.job(store))
     tasks = all_tasks(made.grid, (1, 1))
     with connect(Cluster(workers=1), memory_gb_per_worker=2) as client:
 
@@ -77,9 +78,7 @@ def test_a_run_whose_workers_vanish_ends_with_a_word(small: SmallRegion, tmp_pat
         orders = Orders(wait_s=2)
         try:
             with pytest.raises(RunError, match=r"no worker for 2 s \(cluster.wait_s\).*same command"):
-                run_tasks(
-                    made, tasks, tmp_path / "m.zarr", 0, RunFolder(tmp_path / "m.zarr"), client, Silent(), orders=orders
-                )
+                run_tasks(made, tasks, 0, RunContext(store, RunFolder(store), lambda: client, orders=orders))
         finally:
             thread.join()
 
@@ -88,7 +87,7 @@ def test_tasks_that_share_a_shard_are_refused(small: SmallRegion, tmp_path: Path
     _, _, made = recipe(small.job(tmp_path / "m.zarr"))
     task = all_tasks(made.grid, (2, 2))[0]
     with pytest.raises(ValueError, match="share a shard"):
-        run_tasks(made, [task, *all_tasks(made.grid, (1, 1))], tmp_path / "m.zarr", 0, RunFolder("x"), None, Silent())
+        run_tasks(made, [task, *all_tasks(made.grid, (1, 1))], 0, RunContext(tmp_path, RunFolder("x"), lambda: None))
 
 
 def test_a_task_of_an_older_run_does_not_write(small: SmallRegion, tmp_path: Path):

@@ -19,9 +19,10 @@ from jsonschema import Draft7Validator
 
 from pipeline import cluster
 from pipeline.cluster import connect
-from pipeline.cluster_specs import dask_cluster, forwarded, slurm_arguments, without_secrets
+from pipeline.cluster_specs import dask_cluster, forwarded, slurm_arguments
 from pipeline.config import Cluster
 from pipeline.errors import ConfigError, RunError
+from pipeline.redaction import without_secrets
 
 untidy = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 """These libraries leave sockets and pipes to the garbage collector."""

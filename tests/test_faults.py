@@ -73,9 +73,12 @@ def quick(monkeypatch):
 
 
 def test_transient_faults_leave_no_trace(small, tmp_path, monkeypatch, quick):
-    """Flipped bits too, where files carry a checksum and the job holds them to it."""
+    """Flipped bits too, where files carry a checksum and the job holds them to it. What was repeated is counted."""
+    place, repeated = tmp_path / "cloudgate.prom", 0
+    monkeypatch.setenv("CLOUDGATE_METRICS", str(place))
     with RangeServer(small.folder) as server:
-        build(job=_job(small, server.url, tmp_path, "quiet"), client=InlineClient(monkeypatch))
+        summary = build(job=_job(small, server.url, tmp_path, "quiet"), client=InlineClient(monkeypatch))
+    assert summary.periods[0]["retries"] == 0
     for name, kinds, limits in (
         ("ranges", tuple(kind for kind in KINDS if kind != "flip"), {}),
         ("files", KINDS, {"verify_checksums": True}),
@@ -85,6 +88,9 @@ def test_transient_faults_leave_no_trace(small, tmp_path, monkeypatch, quick):
             job = _job(small, server.url, tmp_path, name, limits=limits)
             summary = build(job=job, client=InlineClient(monkeypatch))
         assert summary.periods[0]["failed"] == 0
+        assert summary.periods[0]["retries"] > 0
+        repeated += summary.periods[0]["retries"]
+        assert f"cloudgate_read_retries_total {repeated}.0" in place.read_text()
         same_arrays(tmp_path / "quiet.zarr", tmp_path / f"{name}.zarr")
 
 

@@ -194,6 +194,27 @@ def test_overviews_are_added_later_and_resumed_to_the_same_bytes(small, monkeypa
     assert _files(path) == whole
 
 
+def test_overviews_keep_the_limits_of_the_job(small, monkeypatch, tmp_path):
+    class Client(InlineClient):
+        def submit(self, function, *args, key="", **more):
+            told.append((key.split("-")[0], args[-1], more.get("resources")))
+            return super().submit(function, *args, key=key, **more)
+
+    told: list = []
+    job = small.job(
+        tmp_path / "m.zarr",
+        area={"bbox": small.bbox((40, 400), (40, 400))},
+        grid={"crs": "EPSG:32633", "shard_px": 128},
+        bands=["red"],
+        limits={"task_timeout_s": 77},
+        cluster={"resources": {"GPU": 1}},
+    )
+    build(job=job, client=Client(monkeypatch, resources={"GPU": 1}))
+    orders = [(orders.timeout_s, asked) for kind, orders, asked in told if kind == "overview"]
+    assert len(orders) > 2
+    assert all(one == (77, {"GPU": 1}) for one in orders)
+
+
 def test_a_new_period_of_a_store_with_overviews_gets_them_unasked(small, monkeypatch, tmp_path):
     path, client = tmp_path / "m.zarr", InlineClient(monkeypatch)
     fields = {

@@ -19,6 +19,7 @@ from pipeline.errors import ReadError
 from pipeline.grid import Grid
 from pipeline.items import Asset
 from pipeline.profiles import Auth, Profile
+from pipeline.redaction import redact
 
 GRID = Grid("EPSG:32633", 10.0, (0.0, 0.0), -510000, 50000, 64, 64)
 
@@ -231,4 +232,4 @@ def test_a_bearer_token_reaches_the_server(tmp_path, monkeypatch):
 
 def test_redacted_text_keeps_the_address():
     text = "cannot read https://a.blob.core.windows.net/b/c.tif?se=1&sig=SECRET: HTTP response code: 403"
-    assert signing.redact(text) == "cannot read https://a.blob.core.windows.net/b/c.tif HTTP response code: 403"
+    assert redact(text) == "cannot read https://a.blob.core.windows.net/b/c.tif HTTP response code: 403"

@@ -25,7 +25,7 @@ from pipeline.items import Asset, Item
 from pipeline.planning import peak_bytes, plan_tasks
 from pipeline.records import RunFolder
 from pipeline.request import Request, acquisitions_of, recipe_of, survey
-from pipeline.runner import Silent, run_tasks
+from pipeline.runner import RunContext, run_tasks
 
 FOUR = ("blue", "green", "red", "nir")
 TEN = tuple(name for name, band in BANDS.items() if band.resolution_m < 60)
@@ -68,7 +68,7 @@ def peak_gb(request: Request, limit_gb: float) -> tuple[float, float]:
     planned = peak_bytes(recipe, shape)
     with tempfile.TemporaryDirectory() as folder, connect(Cluster(workers=1), memory_gb_per_worker=limit_gb) as client:
         store = Path(folder) / "a.zarr"
-        run_tasks(recipe, tasks[:1], store, 0, RunFolder(store), client, Silent())
+        run_tasks(recipe, tasks[:1], 0, RunContext(store, RunFolder(store), lambda: client))
         (peak,) = client.run(lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).values()
     return planned / 1e9, peak * 1024 / 1e9
 

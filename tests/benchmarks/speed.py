@@ -38,7 +38,7 @@ from pipeline.jobfile import job_from_dict
 from pipeline.planning import plan_tasks
 from pipeline.records import RunFolder
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
-from pipeline.runner import Silent, run_tasks
+from pipeline.runner import RunContext, run_tasks
 from pipeline.scenes import served_items
 from pipeline.serve import RangeServer
 
@@ -134,7 +134,7 @@ class Ours:
         job: Job = self.request.job
         recipe, tasks = plan_tasks(self.recipe, job)
         began = time.perf_counter()
-        run_tasks(recipe, tasks, store, 0, RunFolder(store), self.client, Silent())
+        run_tasks(recipe, tasks, 0, RunContext(store, RunFolder(store), lambda: self.client))
         seconds = time.perf_counter() - began
         shutil.rmtree(store.parent)
         return seconds
