@@ -42,10 +42,13 @@ def plan(
     out: Annotated[str | None, typer.Option(help="Store to write, instead of the job's output.store.")] = None,
     overrides: Overrides = None,
     scout: Annotated[bool, typer.Option(help="Look at the scenes coarsely, to decide offsets and anchors.")] = True,
+    calibrate: Annotated[
+        bool, typer.Option(help="Estimate the time: from the store's records, or by composing a small part.")
+    ] = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a job would do: scenes, tasks, bytes, memory, offsets, anchors. Writes nothing.
+    """Say what a job would do: scenes, tasks, bytes, memory, time, offsets, anchors. Writes nothing.
 
     Example: [bold]cloudgate plan job.yaml[/bold]
     """
@@ -54,7 +57,7 @@ def plan(
         from pipeline.mosaic import plan as make_plan
         from pipeline.progress import show_plan
 
-        made = make_plan(job=load_job(job, overrides=overrides or (), store=out), scouting=scout)
+        made = make_plan(job=load_job(job, overrides=overrides or (), store=out), scouting=scout, calibrate=calibrate)
         if as_json:
             print_json({**made.__dict__, "grid": made.grid.to_dict()})
         else:

@@ -6,14 +6,17 @@ on where it stopped.
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline import store as stores
+from pipeline.calibration import estimate
 from pipeline.cluster import connect, environment_of, logs_of, versions, within
-from pipeline.config import Cluster, Job
+from pipeline.config import Cluster, Job, Limits
 from pipeline.errors import (
     ConfigError,
     NoItemsError,
@@ -26,16 +29,17 @@ from pipeline.frozen import digest, from_frozen, frozen_bytes
 from pipeline.grid import Grid
 from pipeline.identity import check_store, wish_of
 from pipeline.items import Acquisition, day_text
-from pipeline.jobfile import job_json
+from pipeline.jobfile import job_from_dict, job_json
 from pipeline.journal import recording
-from pipeline.lock import Held, hold
+from pipeline.lock import hold
 from pipeline.periods import Period, first_periods, periods
 from pipeline.planning import Plan, plan_tasks
 from pipeline.publishing import anchor_names, keep_before, lower_period, publish_period
+from pipeline.recipe import Recipe
 from pipeline.records import RunFolder
 from pipeline.region import region_of
 from pipeline.request import Request, acquisitions_of, check_job, recipe_of, resolve, survey
-from pipeline.runner import Progress, Silent, add_overviews, run_tasks
+from pipeline.runner import Progress, RunContext, Silent, add_overviews, run_tasks
 from pipeline.scout import Scouted
 from pipeline.status import tally
 
@@ -49,25 +53,29 @@ class Summary:
     seconds: float = 0.0
 
 
-def plan(*, job: Job, scouting: bool = True) -> Plan:
-    """What a job would do, without doing it: periods, tasks, scenes, bytes, memory, and what the scout decided.
+def plan(*, job: Job, scouting: bool = True, calibrate: bool = True) -> Plan:
+    """What a job would do, without doing it: periods, tasks, scenes, bytes, memory, time, and what the scout decided.
 
     Args:
         job: see ``load_job``.
         scouting: look at the scenes coarsely, to decide offsets and anchors.
+        calibrate: estimate the time, from the store's records or by composing a small part; needs ``scouting``.
 
     Raises:
         RequestError: as ``build``, before any work. CatalogError: if the catalog does not answer.
     """
     request = resolve(job)
     out = Plan.of(request.grid, request.found)
+    began, recipes = time.perf_counter(), dict[int, Recipe]()
     for period in request.schedule:
         acquisitions = acquisitions_of(request, period)
         seen, recipe = None, None
         if acquisitions:
             seen = survey(request, period, acquisitions) if scouting else None
-            recipe = recipe_of(request, period, acquisitions, seen)
+            recipe = recipes[period.slot] = recipe_of(request, period, acquisitions, seen)
         out.add(period, acquisitions, recipe, job, seen)
+    if scouting and calibrate:
+        out.estimate = estimate(job, recipes, scout_s=time.perf_counter() - began)
     return out
 
 
@@ -123,15 +131,15 @@ def build(
             wanted = list(request.schedule)
         else:
             request, wanted = _series_request(job, path, run, request, slots)
-        with recording(progress, run.objects, str(path)) as progress, _client(job, client) as connected:
-            if link := getattr(connected, "dashboard_link", None):
-                progress.say(f"dashboard: {link}")
+        with recording(progress, run.objects, str(path)) as progress, ExitStack() as stack:
+            connected = _connector(job.cluster, job.limits, client, stack, progress)
+            context = RunContext(path, run, connected, progress, lock.check, _orders(job.cluster, job.limits, run))
             if job.output.overviews and stores.read_attrs(path):
-                add_overviews(path, run, connected, progress, guard=lock.check)
+                add_overviews(context)
             for period in wanted:
                 if slots is not None:
                     _begin_slot(request, period, path, run, anew=anew)
-                made = _build_period(request, period, path, run, connected, progress, lock, seen.get(period.slot))
+                made = _build_period(request, period, context, seen.get(period.slot))
                 summary.periods.append(made)
                 state = "finished" if made["published"] else "empty"
                 progress.event("period", period=period.slot, state=state, message=made["message"])
@@ -153,30 +161,28 @@ def complete_overviews(*, store: str, workers: int = 2, progress: Progress | Non
     """
     path = Path(store)
     stores.finished(path)
-    run = RunFolder(path)
-    with hold(run) as lock, connect(Cluster(workers=workers), memory_gb_per_worker=4) as client:
-        return add_overviews(path, run, client, progress or Silent(), guard=lock.check)
+    run, progress = RunFolder(path), progress or Silent()
+    limits = job_from_dict(record["job"]).limits if (record := run.read("request.json")) else Limits()
+    with hold(run) as lock, ExitStack() as stack:
+        connected = _connector(cluster := Cluster(workers=workers), limits, None, stack, progress)
+        return add_overviews(RunContext(path, run, connected, progress, lock.check, _orders(cluster, limits, run)))
 
 
-class _Given:
-    """A client that somebody else owns."""
+def _connector(
+    cluster: Cluster, limits: Limits, client: Any, stack: ExitStack, progress: Progress
+) -> Callable[[], Any]:
+    """What gives the client, somebody else's or a cluster of ours that is brought up when it is first asked for."""
 
-    def __init__(self, client: Any) -> None:
-        self.client = client
+    @cache
+    def connected() -> Any:
+        if client is not None:
+            return client
+        made = stack.enter_context(connect(cluster, memory_gb_per_worker=limits.memory_gb_per_worker))
+        if link := getattr(made, "dashboard_link", None):
+            progress.say(f"dashboard: {link}")
+        return made
 
-    def __enter__(self) -> Any:
-        return self.client
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-
-def _client(job: Job, client: Any) -> Any:
-    return (
-        _Given(client)
-        if client is not None
-        else connect(job.cluster, memory_gb_per_worker=job.limits.memory_gb_per_worker)
-    )
+    return connected
 
 
 def _request(job: Job, run: RunFolder, progress: Progress, request: Request | None) -> Request:
@@ -241,17 +247,8 @@ def _begin_slot(request: Request, period: Period, path: Path, run: RunFolder, *,
         run.write_bytes(frozen_bytes(replace(request.found, items=items)), name, "items.json")
 
 
-def _build_period(
-    request: Request,
-    period: Period,
-    path: Path,
-    run: RunFolder,
-    client: Any,
-    progress: Progress,
-    lock: Held,
-    seen: Scouted | None,
-) -> dict[str, Any]:
-    job = request.job
+def _build_period(request: Request, period: Period, context: RunContext, seen: Scouted | None) -> dict[str, Any]:
+    job, run, progress = request.job, context.records, context.progress
     name = run.period(period.slot)
     outcome: dict[str, Any] = {
         "slot": period.slot,
@@ -269,6 +266,7 @@ def _build_period(
             raise NoItemsError(f"{message}; widen time or the area")
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
         return {**outcome, "published": False, "message": message}
+    context.connect()  # a cluster that does not come up is told before the scout begins
     record = run.read(name, "scout.json")
     if seen is None or record:
         seen = Scouted.from_dict(record) if record else _survey(request, period, acquisitions, progress)
@@ -279,9 +277,9 @@ def _build_period(
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
     try:
-        run_tasks(recipe, tasks, path, period.slot, run, client, progress, guard=lock.check, orders=_orders(job, run))
+        run_tasks(recipe, tasks, period.slot, context)
     except RunError:
-        _keep_logs(client, run, progress)
+        _keep_logs(context)
         raise
     facts = tally(run.marks(period.slot))
     outcome |= facts | {
@@ -296,16 +294,15 @@ def _build_period(
             raise NothingClearError(f"{message}; widen time or lookback_days, or loosen mask")
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
         return {**outcome, "published": False, "message": message}
-    publish_period(request, period, seen, path, run, client, progress, lock)
+    publish_period(request, period, seen, context)
     outcome |= {"published": True, "message": "finished", "anchors": anchor_names(seen, acquisitions)}
     run.write(outcome, name, "manifest.json")
     return outcome
 
 
-def _orders(job: Job, run: RunFolder) -> Orders:
-    spec = job.cluster
+def _orders(spec: Cluster, limits: Limits, run: RunFolder) -> Orders:
     return Orders(
-        timeout_s=job.limits.task_timeout_s,
+        timeout_s=limits.task_timeout_s,
         wait_s=spec.wait_s,
         width=2 * spec.workers if spec.kind in ("kubernetes", "gateway", "slurm") else 2,
         resources=spec.resources,
@@ -315,12 +312,12 @@ def _orders(job: Job, run: RunFolder) -> Orders:
     )
 
 
-def _keep_logs(client: Any, run: RunFolder, progress: Progress) -> None:
+def _keep_logs(context: RunContext) -> None:
     """Keep what the cluster logged before it is released, in the records."""
-    said = logs_of(client) if hasattr(client, "get_worker_logs") else ""
-    if said:
-        run.write_bytes(said.encode(), "cluster.log")
-        progress.say(f"logs of the cluster: {run.where}/cluster.log")
+    client = context.connect()
+    if hasattr(client, "get_worker_logs") and (said := logs_of(client)):
+        context.records.write_bytes(said.encode(), "cluster.log")
+        context.progress.say(f"logs of the cluster: {context.records.where}/cluster.log")
 
 
 def _survey(request: Request, period: Period, acquisitions: Sequence[Acquisition], progress: Progress) -> Scouted:

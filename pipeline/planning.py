@@ -202,6 +202,7 @@ class Plan:
         profile: how the catalog speaks, and why.
         dropped: (item id, why).
         periods: per period: days, scenes, tasks, bytes, memory, and the scout's view.
+        estimate: how long it will take (``calibration.estimate``); None where that was not asked for.
     """
 
     grid: Grid
@@ -209,6 +210,7 @@ class Plan:
     profile: str
     dropped: list[tuple[str, str]]
     periods: list[dict[str, Any]] = field(default_factory=list)
+    estimate: dict[str, Any] | None = None
 
     def _repr_html_(self) -> str:
         """For notebooks: where from, the grid, and a line for each period."""

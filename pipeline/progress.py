@@ -135,6 +135,8 @@ def show_plan(plan: "Plan") -> None:
         for key, label in labels.items():
             if key in period:
                 table.add_row(label, str(period[key]))
+        if plan.estimate and period["slot"] in plan.estimate["periods"]:
+            table.add_row("its tasks take", _duration(plan.estimate["periods"][period["slot"]]))
         if "anchors" in period:
             table.add_row("anchors", ", ".join(period["anchors"]))
         console.print(table)
@@ -155,6 +157,26 @@ def show_plan(plan: "Plan") -> None:
                 console.print(f"offset {reason} ({count} scenes)", highlight=False)
     for name, why in plan.dropped:
         console.print(f"left out {name}: {why}", highlight=False)
+    console.print(_in_all(plan), highlight=False, soft_wrap=True)
+
+
+def _in_all(plan: "Plan") -> str:
+    """A plan in one line: periods x tasks x scenes, bytes, memory, time."""
+    tasks, scenes, read = (sum(p.get(key, 0) for p in plan.periods) for key in ("tasks", "scenes", "decoded_gb"))
+    peak = max((p.get("peak_memory_gb", 0) for p in plan.periods), default=0)
+    said = f"in all: {len(plan.periods)} periods, {tasks} tasks, {scenes} scenes, {read:.2f} GB to decode"
+    said += f", at most {peak:.2f} GB per worker"
+    if plan.estimate is None:
+        return said
+    basis, seconds, workers = (plan.estimate[name] for name in ("basis", "seconds", "workers"))
+    took = f"time {basis}" if seconds is None else f"{_duration(seconds)} on {workers} workers ({basis})"
+    return f"{said}; {took}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
 
 
 def show_status(status: dict[str, Any]) -> None:

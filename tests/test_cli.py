@@ -89,6 +89,7 @@ def test_plan_tells_offsets_anchors_and_tasks(folder):
     plain = _run("plan", folder / "job.yaml")
     assert plain.exit_code == 0
     assert "2021-07-09" in plain.stdout
+    assert " ".join(plain.stdout.split()).endswith("about 0 s on 2 workers (all tasks are done)")
     assert "offsets" not in json.loads(_run("plan", folder / "job.yaml", "--no-scout", "--json").stdout)["periods"][0]
 
 

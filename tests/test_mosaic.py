@@ -342,7 +342,43 @@ def test_a_plan_says_what_the_run_then_does_and_writes_nothing(small, tmp_path, 
     assert entry["anchors"] == made["anchors"]
     assert entry["peak_memory_gb"] < job.limits.memory_gb_per_worker
     assert "2021-07-09_sentinel-2a_R122" in [layer["id"] for layer in entry["layers"] if layer["fails"]]
-    assert plan(job=job, scouting=False).periods[0]["tasks"] == entry["tasks"]
+    unscouted = plan(job=job, scouting=False)
+    assert unscouted.periods[0]["tasks"] == entry["tasks"]
+    assert unscouted.estimate is None
+
+
+@pytest.mark.parametrize("method", ["median", "regression"])
+def test_a_plan_tells_how_long_the_job_takes(method, small, tmp_path, monkeypatch, small_tasks):
+    """From a part that is composed on the spot; from what its tasks took, once some are done; nothing in the end."""
+    store = tmp_path / "store.zarr"
+    area = {"bbox": small.bbox((100, 355), (100, 355))}
+    job = small.job(store, **_part(small, area=area, method={"name": method}))
+    found = plan(job=job).estimate
+    assert 0 < found["periods"][0] < found["seconds"] < 600
+    assert "px read, composed and written here" in found["basis"]
+    assert plan(job=job, calibrate=False).estimate is None
+    if method == "regression":
+        return
+    build(job=job, client=InlineClient(monkeypatch))
+    run = RunFolder(store)
+    done = sorted(run.done(0))
+    assert plan(job=job).estimate == {"seconds": 0.0, "workers": 2, "basis": "all tasks are done", "periods": {}}
+    for row, col in done[1:]:
+        run.objects.remove(f"{run.period(0)}/done/{row}.{col}.json")
+    run.mark(0, done[0], {"seconds": 100.0, "write_seconds": 10.0})
+    half = plan(job=job).estimate
+    assert half["basis"] == f"1 tasks of {store}.run, 100.0 s each"
+    rounds = np.ceil((len(done) - 1) / 2)
+    assert half["periods"][0] == pytest.approx(rounds * (100 + 7), rel=0.4)  # shards at the edge are smaller
+    other = plan(job=small.job(store, **_part(small, area=area, method={"name": "mean"}))).estimate
+    assert "here" in other["basis"]
+
+
+def test_a_finished_store_needs_no_cluster(small, tmp_path, monkeypatch):
+    job = small.job(tmp_path / "store.zarr", **_part(small, bands=["red"]))
+    build(job=job, client=InlineClient(monkeypatch))
+    gone = job.model_copy(update={"cluster": Cluster(kind="address", address="tcp://127.0.0.1:9", wait_s=1)})
+    assert build(job=gone).periods[0]["message"] == "finished before"
 
 
 def test_ten_thousand_tasks_are_never_in_flight_at_once(small, tmp_path, monkeypatch):
@@ -363,7 +399,7 @@ def test_ten_thousand_tasks_are_never_in_flight_at_once(small, tmp_path, monkeyp
             """One more."""
             marked.append(shard)
 
-    runner.run_tasks(None, tasks, tmp_path, 0, Run(), client, runner.Silent())
+    runner.run_tasks(None, tasks, 0, runner.RunContext(tmp_path, Run(), lambda: client))
     assert client.peak == 6
     assert sorted(marked) == [(i, j) for i in range(100) for j in range(100)]
 
