@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError, RunError
 from pipeline.estimates import CONTEXT, ESTIMATES
@@ -154,6 +157,24 @@ def complete(method: Method, **looks: Any) -> "Completion":
     return predict.complete(
         model=model,
         patch_batch=options.patch_batch,
+        precision="bf16" if options.precision == "bf16" else "fp32",
+        channels=options.channels,
+        **looks,
+    )
+
+
+def look_shares(method: Method, *, pixel: tuple[int, int], **looks: Any) -> NDArray[np.float64] | None:
+    """``shares.at_pixel`` with the method's model, on the CPU.
+
+    Raises:
+        RunError: other weights lie here than those the method was prepared with.
+    """
+    from pipeline import shares
+
+    options = _ready(method)
+    return shares.at_pixel(
+        model=_read(options.weights, options.weights_sha256),
+        pixel=pixel,
         precision="bf16" if options.precision == "bf16" else "fp32",
         channels=options.channels,
         **looks,

@@ -92,17 +92,21 @@ class Explorer:
 
         Columns: ``state`` (clear, cloud, shadow, changed: marked by the temporal check, rejected: the whole
         acquisition, unread), one per band (reflectance, NaN unread), ``share`` in the composite (NaN where the method
-        has none); indexed by date.
+        has none; of a learned method what the gate takes from single looks, less than one in all, and its model runs
+        for some seconds); indexed by date.
 
         Raises:
             ConfigError: for a place outside. RunError: if no source can be read.
         """
         opened = self._server.mosaics.store(str(store))
         place = view_pixel.pixel_at(opened, *self._server.mosaics.place(lon, lat))
-        looks = view_pixel.looks_at(opened, _slot(opened, period), *place)["looks"]
-        table = pd.DataFrame(
-            [{**look, **look["values"]} for look in looks], columns=["date", "state", *opened.bands, "share"]
-        )
+        slot = _slot(opened, period)
+        told = view_pixel.looks_at(opened, slot, *place)
+        rows = [{**look, **look["values"]} for look in told["looks"]]
+        if told["gated"]:
+            shares = view_pixel.gated_shares(opened, slot, *place)["shares"]
+            rows = [{**row, "share": shares.get(row["id"], 0.0)} for row in rows]
+        table = pd.DataFrame(rows, columns=["date", "state", *opened.bands, "share"])
         table["date"] = pd.to_datetime(table["date"])
         return table.set_index("date").astype(dict.fromkeys([*opened.bands, "share"], float))
 

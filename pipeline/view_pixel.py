@@ -4,24 +4,26 @@ Looks are read one pixel each from the sources, through the scenes that the run 
 same masks as the job, so a look is called clear here exactly where the job used it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import learned
 from pipeline import mask as masks
-from pipeline.bands import CODE_NODATA, to_reflectance
-from pipeline.composite import DECAY_TAU_DAYS
-from pipeline.config import Method
+from pipeline.anchors import INTERPOLATE
+from pipeline.bands import CODE_MIN, CODE_NODATA, to_reflectance
+from pipeline.block import compose_block
+from pipeline.composite import complete_looks
+from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError, RunError
 from pipeline.frozen import from_frozen
 from pipeline.grid import Grid
 from pipeline.items import day_text
 from pipeline.jobfile import job_from_dict
 from pipeline.layers import FLAGS
-from pipeline.looks import Looks, LookStream
+from pipeline.looks import Looks, LookStream, release_arrays
 from pipeline.periods import Period, first_periods, periods
 from pipeline.read_pool import ReadPool
 from pipeline.reader import spread_cells
@@ -36,7 +38,9 @@ TRIES: Final = 2
 """A page does not wait as long for a source as a job does."""
 THREADS: Final = 16
 
-Share = Callable[[NDArray[np.uint16], NDArray[np.bool_], NDArray[np.int32], int, Method], NDArray[np.float64]]
+AVERAGES: Final = ("mean", "decay", "nearest", "linear")
+"""Methods that show a weighted mean of looks, whatever the looks show."""
+_BRIGHT: Final = CODE_MIN + 60_000
 
 
 def pixel_at(store: ViewStore, x: float, y: float) -> tuple[int, int]:
@@ -104,8 +108,11 @@ def frozen_request(store: ViewStore, slot: int) -> tuple[Request, Period]:
     return Request(job, region_of(job.area), found, Grid.from_dict(record["grid"]), tuple(schedule)), schedule[slot]
 
 
-def recipe_at(store: ViewStore, slot: int) -> tuple[Recipe, Method]:
-    """What decided the looks of one period, with the scout's decisions as they were frozen, and the method's name.
+def recipe_at(store: ViewStore, slot: int, *, surroundings: bool = False) -> tuple[Recipe, Method]:
+    """What decided the looks of one period, with the scout's decisions as they were frozen, and the method.
+
+    The recipe shows only what a look itself shows: neither a polygon nor, unless they are asked for, the surroundings
+    that the method looks at.
 
     Raises:
         RequestError: where the run records are absent or damaged.
@@ -114,9 +121,11 @@ def recipe_at(store: ViewStore, slot: int) -> tuple[Recipe, Method]:
     record = store.run.read(store.run.period(slot), "scout.json")
     if record is None:
         raise ConfigError(f"looks: the run in {store.run.where} holds no records of period {slot}")
+    method = request.job.method
+    if not surroundings:
+        request = replace(request, job=request.job.model_copy(update={"method": Method(name="median")}))
     made = recipe_of(request, period, acquisitions_of(request, period), Scouted.from_dict(record))
-    # Only what a look itself shows: neither a polygon nor the surroundings that a method would look at.
-    return replace(made, inside=None, method=Method(name="median"), threads=THREADS), request.job.method
+    return replace(made, inside=None, threads=THREADS), method
 
 
 def looks_at(store: ViewStore, slot: int, row: int, col: int) -> dict[str, Any]:
@@ -125,7 +134,8 @@ def looks_at(store: ViewStore, slot: int, row: int, col: int) -> dict[str, Any]:
     Returns:
         ``looks``, in order of time: ``date``, ``id``, ``state`` (clear, cloud, shadow, changed: the temporal check,
         rejected: the whole acquisition, unread), ``values`` by band, ``share`` in the composite where the method tells;
-        looks without data are left out. ``failures``: messages of what could not be read.
+        looks without data are left out. ``failures``: messages of what could not be read. ``gated``: ``gated_shares``
+        knows the shares.
 
     Raises:
         RequestError: where the run records are absent. RunError: if no source can be read.
@@ -140,7 +150,7 @@ def looks_at(store: ViewStore, slot: int, row: int, col: int) -> dict[str, Any]:
     if failed and not valid.any():
         raise RunError(f"the sources cannot be reached: {stream.failures[0][2]}")
     states = _states(recipe, seen, clear)
-    shares = shares_of(recipe, method, codes, clear)
+    shares = shares_of(recipe, method, clear, (row, col))
     looks = []
     for layer, acquisition in enumerate(recipe.acquisitions):
         unread = not valid[layer] and any(item.id in failed for item in acquisition.items)
@@ -159,7 +169,7 @@ def looks_at(store: ViewStore, slot: int, row: int, col: int) -> dict[str, Any]:
             }
         )
     messages = list(dict.fromkeys(f"{item}: {why}" for item, _, why in stream.failures))
-    return {"looks": looks, "failures": messages[:5], "failed": len(failed)}
+    return {"looks": looks, "failures": messages[:5], "failed": len(failed), "gated": method.name in LEARNED}
 
 
 def _states(recipe: Recipe, seen: Looks, clear: NDArray[np.bool_]) -> list[str]:
@@ -184,31 +194,91 @@ def _states(recipe: Recipe, seen: Looks, clear: NDArray[np.bool_]) -> list[str]:
 # -- shares -----------------------------------------------------------------------------------------------------
 
 
-def _mean(_codes: Any, clear: NDArray[np.bool_], _days: Any, _target: int, _method: Method) -> NDArray[np.float64]:
-    return clear.astype(np.float64)
-
-
-def _decay(
-    _codes: Any, clear: NDArray[np.bool_], days: NDArray[np.int32], target: int, method: Method
-) -> NDArray[np.float64]:
-    tau = float(method.options.get("tau_days", DECAY_TAU_DAYS))
-    return np.where(clear, np.exp(-np.abs(days.astype(float) - target) / tau), 0.0)
-
-
-SHARES: Final[Mapping[str, Share]] = {"mean": _mean, "decay": _decay}
-"""How much each look of a pixel weighs, by method: (codes (T, B), clear (T,), days (T,), target, method) -> (T,).
-
-A gated method adds its own function here, and the page shows it. Weights need not sum to one. Methods that pick a look
-or predict from others have no such share.
-"""
-
-
 def shares_of(
-    recipe: Recipe, method: Method, codes: NDArray[np.uint16], clear: NDArray[np.bool_]
-) -> Sequence[float] | None:
-    """The share each look has in the composite, summing to one; None where the method has none, or nothing is clear."""
-    weigh = SHARES.get(method.name)
-    if weigh is None or not clear.any():
+    recipe: Recipe, method: Method, clear: NDArray[np.bool_], place: tuple[int, int]
+) -> NDArray[np.float64] | None:
+    """The share each look has in the composite at (row, col), summing to one.
+
+    Returns:
+        (T,) shares; None where nothing is clear, or the method is no weighted mean of looks.
+    """
+    if method.name not in AVERAGES or not clear.any():
         return None
-    weights = weigh(codes, clear, recipe.days, recipe.target, method)
-    return list(weights / weights.sum())
+    # The job's own code composes looks of which each is bright in one band alone: a band's answer is that look's share.
+    codes = np.full((len(clear), len(clear), 1, 1), CODE_MIN, np.uint16)
+    codes[range(len(clear)), range(len(clear))] = _BRIGHT
+    made = compose_block(
+        codes=codes,
+        clear=clear[:, None, None],
+        days=recipe.days,
+        method=method,
+        target=recipe.target,
+        anchors=recipe.anchors,
+        row0=recipe.grid.row0 + place[0],
+        col0=recipe.grid.col0 + place[1],
+    )
+    weights = (made.codes[:, 0, 0].astype(float) - CODE_MIN) / (_BRIGHT - CODE_MIN)
+    return np.asarray(weights / weights.sum())
+
+
+def gated_shares(store: ViewStore, slot: int, row: int, col: int) -> dict[str, Any]:
+    """What each look adds to a pixel of a learned method: the model runs once more on all that it saw around it.
+
+    Returns:
+        ``shares`` by acquisition (mean over bands; the looks that add nothing are left out), ``rest``: what comes from
+        the model's estimates instead of single looks, ``said`` where there are no shares and why.
+
+    Raises:
+        RequestError: where the run records or the weights are absent. RunError: if a source cannot be read.
+    """
+    recipe, method = recipe_at(store, slot, surroundings=True)
+    if method.name not in LEARNED:
+        raise ConfigError(f"shares: {method.name} is no gated method")
+    made_by = store.period(slot).weights
+    if recipe.method.options["weights_sha256"] != made_by:
+        return {"shares": {}, "rest": None, "said": "The weights that made this mosaic have changed since."}
+    try:
+        with ReadPool(threads=THREADS, profile=recipe.profile) as pool:
+            stream = LookStream(recipe, (row, row + 1), (col, col + 1), pool)
+            seen = next(iter(stream))
+            if stream.failures:
+                raise RunError(f"the sources cannot be reached: {stream.failures[0][2]}")
+            shares = _gated(recipe, seen)
+    finally:
+        release_arrays()
+    if shares is None:
+        return {"shares": {}, "rest": None, "said": "This network tells no shares."}
+    by_look = {a.id: round(float(v), 4) for a, v in zip(recipe.acquisitions, shares, strict=True) if v}
+    return {"shares": by_look, "rest": round(1 - float(shares.sum()), 4), "said": ""}
+
+
+def _gated(recipe: Recipe, seen: Looks) -> NDArray[np.float64] | None:
+    """(T,) shares at the middle pixel of ``seen``, over all anchors that speak there."""
+    halo = recipe.halo
+    row, col = seen.fine.row0 + halo, seen.fine.col0 + halo
+    speaking = [(INTERPOLATE, 1.0)]
+    if recipe.anchors is not None:
+        speaking = [(layer, float(weight[0, 0])) for layer, weight in recipe.anchors.at(row, col, 1, 1)]
+    clear = complete_looks(codes=seen.codes, clear=seen.clear)
+    total = sum(weight for _, weight in speaking)
+    out = np.zeros(len(recipe.acquisitions))
+    for layer, weight in speaking:
+        if layer != INTERPOLATE and clear[layer, halo, halo]:
+            out[layer] += weight / total  # passed through as it is
+            continue
+        part = learned.look_shares(
+            recipe.method,
+            pixel=(halo, halo),
+            codes=seen.codes,
+            clear=seen.clear,
+            days=recipe.days,
+            target=recipe.target,
+            anchor=None if layer == INTERPOLATE else layer,
+            row0=seen.fine.row0,
+            col0=seen.fine.col0,
+            bits=seen.hidden_by,
+        )
+        if part is None:
+            return None
+        out += part * weight / total
+    return out

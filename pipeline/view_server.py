@@ -233,11 +233,17 @@ class _Pixel(_Handler):
 
 
 class _Looks(_Handler):
+    answer = staticmethod(view_pixel.looks_at)
+
     async def get(self, store: str, slot: str) -> None:
         opened = self.mosaics.store(store)
         period = opened.period(int(slot)).slot
         row, col = view_pixel.pixel_at(opened, self.number("x"), self.number("y"))
-        self.finish(await self.work(lambda: view_pixel.looks_at(opened, period, row, col), slow=True))
+        self.finish(await self.work(lambda: self.answer(opened, period, row, col), slow=True))
+
+
+class _Shares(_Looks):
+    answer = staticmethod(view_pixel.gated_shares)
 
 
 class _Place(_Handler):
@@ -285,6 +291,7 @@ class MapServer:
                 (r"/api/layer/(\d+)/(\d+)", _Layer, shared),
                 (r"/api/pixel/(\d+)", _Pixel, shared),
                 (r"/api/looks/(\d+)/(\d+)", _Looks, shared),
+                (r"/api/shares/(\d+)/(\d+)", _Shares, shared),
                 (r"/api/place", _Place, shared),
                 (r"/tile/(\d+)/(\d+)/(\d+)/(\d+)/(\d+)\.png", _Picture, shared),
                 (r"/before/(\d+)/(\d+)\.png", _Before, shared),

@@ -42,6 +42,8 @@ class ViewPeriod:
     end: str
     target: str
     method: str
+    weights: str
+    """Hash of a learned method's weights, else empty."""
     anchors: tuple[str, ...]
 
 
@@ -116,6 +118,7 @@ class ViewStore:
                 str(said.get("end", "")),
                 str(said.get("target", "")),
                 str(said.get("method", {}).get("name", "")),
+                str(said.get("method", {}).get("weights_sha256", "")),
                 tuple(said.get("anchors", ())),
             )
             for slot, said in sorted(_published(about).items())

@@ -14,15 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from small_region import BANDS
 from typer.testing import CliRunner
 
 import pipeline
-from pipeline import view_pixel, view_tiles
+from pipeline import models, view_pixel, view_tiles
 from pipeline.bands import to_reflectance
 from pipeline.cli import app
 from pipeline.config import Method
-from pipeline.errors import ConfigError, RunError, StoreMismatchError
+from pipeline.errors import ConfigError, RunError, StoreMismatchError, WeightsError
+from pipeline.models import weights
+from pipeline.mosaic import build
 from pipeline.store import read_attrs
 from pipeline.view_server import MapServer
 from pipeline.view_store import ViewStore
@@ -146,21 +150,70 @@ def test_looks_are_clear_exactly_where_the_job_counted_them(stores, name):
             assert {look["state"] for look in looks} <= {"clear", "cloud", "shadow", "changed", "rejected"}
 
 
-def test_shares_are_the_weights_of_the_composite(months):
-    seen = 0
-    for row, col in ((20, 30), (100, 200), (250, 90)):
-        looks = view_pixel.looks_at(months, 1, row, col)["looks"]
-        made = view_pixel.composites(months, row, col)[1]
+@pytest.mark.parametrize(("name", "slot"), [("months", 1), ("linear", 0)])
+def test_shares_are_the_weights_of_the_composite(stores, months, name, slot):
+    store = ViewStore(stores[name])
+    several = 0
+    for row, col in ((20, 30), (100, 200), (250, 90), (150, 20), (60, 260)):
+        looks = view_pixel.looks_at(store, slot, row, col)["looks"]
+        made = next(c for c in view_pixel.composites(store, row, col) if c["slot"] == slot)
         clear = [look for look in looks if look["share"]]
         if not clear:
             continue
-        seen += 1
+        several += len(clear) > 1
         assert sum(look["share"] for look in clear) == pytest.approx(1, abs=1e-3)
         mixed = sum(look["share"] * look["values"]["red"] for look in clear)
         assert mixed == pytest.approx(made["values"]["red"], abs=2e-4)
-    assert seen
+    assert several
     recipe, _ = view_pixel.recipe_at(months, 1)
-    assert view_pixel.shares_of(recipe, Method(name="linear"), np.ones((2, 1), np.uint16), np.ones(2, bool)) is None
+    clear = np.ones(len(recipe.days), bool)
+    for name in ("median", "medoid", "regression"):
+        assert view_pixel.shares_of(recipe, Method(name=name), clear, (20, 30)) is None
+    assert view_pixel.shares_of(recipe, Method(name="mean"), ~clear, (20, 30)) is None
+
+
+def _mixed(looks, shares, band):
+    return sum(share * look["values"][band] for look in looks for share in [shares.get(look["id"], 0)] if share)
+
+
+def test_shares_of_a_gate_are_those_that_made_the_mosaic(small, tmp_path, cluster_fields):
+    torch.manual_seed(0)
+    config = {
+        "name": "paper",
+        "unet": False,
+        "weights": "shared",
+        "bands": BANDS,
+        "patch_px": 64,
+        "stride_px": 32,
+    }
+    weights.save(models.build(config).eval(), tmp_path / "gate.safetensors", card={})
+    fields = {"area": {"bbox": small.bbox((150, 214), (150, 214))}, "grid": {"crs": "EPSG:32633", "shard_px": 64}}
+    job = small.job(
+        tmp_path / "gated.zarr",
+        method={"name": "timegate", "weights": str(tmp_path / "gate.safetensors")},
+        cluster=cluster_fields,
+        **fields,
+    )
+    build(job=job)
+    store = ViewStore(tmp_path / "gated.zarr")
+    gaps = 0
+    for row, col in ((5, 5), (40, 20), (20, 50), (60, 33)):
+        told = view_pixel.looks_at(store, 0, row, col)
+        assert told["gated"]
+        shares = view_pixel.gated_shares(store, 0, row, col)["shares"]
+        made = view_pixel.composites(store, row, col)[0]
+        gaps += "composed in time" in made["flags"]
+        assert sum(shares.values()) == pytest.approx(1, abs=2e-3)
+        for band in BANDS:  # without U-Net and prior the mosaic is the sum of the looks' shares, and nothing else
+            assert _mixed(told["looks"], shares, band) == pytest.approx(made["values"][band], abs=5e-4)
+    assert gaps
+    weights.save(models.build(config).eval(), tmp_path / "gate.safetensors", card={"other": True})
+    said = view_pixel.gated_shares(store, 0, 5, 5)
+    assert said["said"] == "The weights that made this mosaic have changed since."
+    (tmp_path / "gate.safetensors").unlink()
+    assert view_pixel.looks_at(store, 0, 5, 5)["looks"]  # looks need no model
+    with pytest.raises(WeightsError, match="no such file"):
+        view_pixel.gated_shares(store, 0, 5, 5)
 
 
 def test_a_place_outside_is_refused_with_the_extent(months):

@@ -77,6 +77,7 @@ class Compact(Model):
         x, abstract, shares = z[:, -1:], None, None  # the kriging; without it, the prior
         if self.gate is not None:
             x, abstract, shares = self.gate(z, facts)
+            shares = self.gate.alpha * shares  # so much of a member is in X
         image, sigma = x, None
         if self.fusion is not None:
             out = self.fusion(torch.cat([facts, x, *([] if abstract is None else [abstract])], dim=1))

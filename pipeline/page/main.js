@@ -285,10 +285,17 @@ async function pick(x, y) {
     if (asked !== pixel) return;
     pixel.composites = all.flat();
     showPixel();
-    const told = await ask(`api/looks/${s.id}/${state.slot}?x=${x}&y=${y}`);
+    const told = await ask(`api/looks/${s.id}/${asked.slot}?x=${x}&y=${y}`);
     if (asked !== pixel) return;
     pixel.looks = told.looks;
-    $("pixel-said").textContent = told.failed ? `${told.failed} scenes could not be read, so their looks are missing: ${told.failures[0]}` : told.looks.length ? "" : "No scene of this period covers the pixel.";
+    let said = told.failed ? `${told.failed} scenes could not be read, so their looks are missing: ${told.failures[0]}` : told.looks.length ? "" : "No scene of this period covers the pixel.";
+    if (told.gated && !said) {
+      $("pixel-said").textContent = "Asking the network what each date adds…";
+      showPixel();
+      said = await addShares(asked, s);
+      if (asked !== pixel) return;
+    }
+    $("pixel-said").textContent = said;
     showPixel();
     $("pixel").dataset.looks = "read";
   } catch (error) {
@@ -296,6 +303,19 @@ async function pick(x, y) {
     $("pixel-said").textContent = `${error.message[0].toUpperCase()}${error.message.slice(1)}. ${pixel.composites ? "Only the composites are shown." : ""}`;
     showPixel();
     $("pixel").dataset.looks = "failed";
+  }
+}
+
+// What each date adds, as the network itself says; its looks get their shares, and what is left to say comes back.
+async function addShares(asked, s) {
+  try {
+    const told = await ask(`api/shares/${s.id}/${asked.slot}?x=${asked.x}&y=${asked.y}`);
+    for (const look of asked.looks) look.share = told.shares[look.id] ?? (told.said ? null : 0);
+    const rest = Math.round(100 * told.rest);
+    if (told.said || rest < 1) return told.said;
+    return `${rest} % of this pixel comes from estimates fitted to all dates; the bars show what single looks add.`;
+  } catch (error) {
+    return `What each date adds is not known: ${error.message}`;
   }
 }
 
