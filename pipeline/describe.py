@@ -36,6 +36,14 @@ EXTENSIONS: Final = {
 ZARR_TYPE: Final = "application/vnd.zarr; version=3"
 COG_TYPE: Final = "image/tiff; application=geotiff; profile=cloud-optimized"
 _LICENCE: Final = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
+_WHOLE: Final[Mapping[str, Any]] = {
+    "type": ZARR_TYPE,
+    "title": "the whole store: full resolution in group 0, overviews in 1, 2, ...",
+    "roles": ["data", "overview"],
+    "zarr:consolidated": True,
+    "zarr:node_type": "group",
+    "zarr:zarr_format": 3,
+}
 _STRETCH: Final = (0.0, 0.3)
 """Reflectance shown from black to white."""
 
@@ -141,27 +149,11 @@ def stac_item(
     bbox = grid.lonlat_bounds()
     place = level_attributes(grid)
     crs = {name: place[name] for name in ("proj:code", "proj:wkt2") if name in place}
-    specs = layer_specs(attrs["bands"], uncertainty=uncertainty)
-    assets: dict[str, Any] = {
-        "zarr": {
-            "href": store,
-            "type": ZARR_TYPE,
-            "title": "the whole store: full resolution in group 0, overviews in 1, 2, ...",
-            "roles": ["data", "overview"],
-            "zarr:consolidated": True,
-            "zarr:node_type": "group",
-            "zarr:zarr_format": 3,
-        }
-    }
-    for name, spec in specs.items():
+    assets: dict[str, Any] = {"zarr": {"href": store} | _WHOLE}
+    for name, about in _assets(attrs, uncertainty).items():
         tiff = {"href": cogs.get(name, ""), "type": COG_TYPE}
         array = {"href": f"{store}/0/{name}", "type": ZARR_TYPE, "zarr:node_type": "array", "zarr:zarr_format": 3}
-        assets[name] = {
-            **(tiff if name in cogs else array),
-            "title": spec.attrs["long_name"],
-            "roles": ["data"] if name in attrs["bands"] else ["metadata"],
-            "bands": [_band(name, spec, grid)],
-        }
+        assets[name] = (tiff if name in cogs else array) | about
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
@@ -196,6 +188,19 @@ def stac_item(
             {"rel": rel, "href": "./collection.json", "type": "application/json"}
             for rel in ("root", "parent", "collection")
         ],
+    }
+
+
+def _assets(attrs: Mapping[str, Any], uncertainty: bool) -> dict[str, dict[str, Any]]:
+    """What is said of every layer in Items and in the Collection, wherever it lies."""
+    grid = Grid.from_dict(attrs["cloudgate"]["grid"])
+    return {
+        name: {
+            "title": spec.attrs["long_name"],
+            "roles": ["data"] if name in attrs["bands"] else ["metadata"],
+            "bands": [_band(name, spec, grid)],
+        }
+        for name, spec in layer_specs(attrs["bands"], uncertainty=uncertainty).items()
     }
 
 
@@ -243,11 +248,11 @@ def stac_collection(attrs: Mapping[str, Any], *, uncertainty: bool) -> dict[str,
     first, last = min((s for s, _ in spans), default=None), max((e for _, e in spans), default=None)
     interval = [f"{first}T00:00:00Z" if first else None, f"{last}T23:59:59Z" if last else None]
     title = attrs.get("title", "mosaic")
-    specs = layer_specs(attrs["bands"], uncertainty=uncertainty)
+    assets = _assets(attrs, uncertainty)
     return {
         "type": "Collection",
         "stac_version": "1.1.0",
-        "stac_extensions": sorted(EXTENSIONS[name] for name in ("raster", "eo", "processing")),
+        "stac_extensions": sorted(EXTENSIONS[name] for name in ("raster", "eo", "processing", "zarr")),
         "id": _slug(attrs),
         "title": title,
         "description": f"{title}: cloud-free Sentinel-2 mosaics, one Item a period, with the provenance of every pixel",
@@ -258,7 +263,8 @@ def stac_collection(attrs: Mapping[str, Any], *, uncertainty: bool) -> dict[str,
             {"name": "cloudgate", "roles": ["processor"], "processing:level": "L3"},
         ],
         "extent": {"spatial": {"bbox": [list(grid.lonlat_bounds())]}, "temporal": {"interval": [interval]}},
-        "summaries": {"gsd": [grid.resolution_m], "bands": [_band(name, specs[name], grid) for name in attrs["bands"]]},
+        "summaries": {"gsd": [grid.resolution_m], "bands": [assets[name]["bands"][0] for name in attrs["bands"]]},
+        "item_assets": {"zarr": dict(_WHOLE)} | assets,
         "links": [
             {"rel": "root", "href": "./collection.json", "type": "application/json"},
             {"rel": "license", "href": _LICENCE, "title": "Copernicus Sentinel data terms"},
