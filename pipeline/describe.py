@@ -149,7 +149,7 @@ def stac_item(
     bbox = grid.lonlat_bounds()
     place = level_attributes(grid)
     crs = {name: place[name] for name in ("proj:code", "proj:wkt2") if name in place}
-    assets: dict[str, Any] = {"zarr": {"href": store} | _WHOLE}
+    assets: dict[str, Any] = {"zarr": {"href": store, **_WHOLE}}
     for name, about in _assets(attrs, uncertainty).items():
         tiff = {"href": cogs.get(name, ""), "type": COG_TYPE}
         array = {"href": f"{store}/0/{name}", "type": ZARR_TYPE, "zarr:node_type": "array", "zarr:zarr_format": 3}
@@ -264,7 +264,7 @@ def stac_collection(attrs: Mapping[str, Any], *, uncertainty: bool) -> dict[str,
         ],
         "extent": {"spatial": {"bbox": [list(grid.lonlat_bounds())]}, "temporal": {"interval": [interval]}},
         "summaries": {"gsd": [grid.resolution_m], "bands": [assets[name]["bands"][0] for name in attrs["bands"]]},
-        "item_assets": {"zarr": dict(_WHOLE)} | assets,
+        "item_assets": {"zarr": dict(_WHOLE), **assets},
         "links": [
             {"rel": "root", "href": "./collection.json", "type": "application/json"},
             {"rel": "license", "href": _LICENCE, "title": "Copernicus Sentinel data terms"},

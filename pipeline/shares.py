@@ -71,8 +71,19 @@ def at_pixel(
     patches = [(row - y, col - x) for y, x in product(lattice.starts(row, row + 1), lattice.starts(col, col + 1))]
     listener = _Listener(model, patches).eval()
     core = (slice(pixel[0], pixel[0] + 1), slice(pixel[1], pixel[1] + 1))
-    looks = {"codes": codes, "clear": clear, "days": days, "target": target, "anchor": anchor}
-    complete(**looks, row0=row0, col0=col0, core=core, model=listener, channels=channels, lattice=lattice, **more)
+    complete(
+        codes=codes,
+        clear=clear,
+        days=days,
+        target=target,
+        anchor=anchor,
+        row0=row0,
+        col0=col0,
+        core=core,
+        model=listener,
+        channels=channels,
+        **more,
+    )
     out = np.zeros(len(days))
     here = to_reflectance(codes[:, :, pixel[0], pixel[1]])[:, list(channels) or slice(None)]
     shown = target if anchor is None else int(days[anchor])
