@@ -15,6 +15,7 @@ from pipeline import composite, learned, regression
 from pipeline.anchors import INTERPOLATE, AnchorMap
 from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError
+from pipeline.estimates import Target
 
 NO_SIGMA = 65535
 SEASON_DAYS = 90
@@ -214,15 +215,10 @@ def _complete(looks: _Looks, method: Method, target: int, layer: int, weight: ND
             int(days[layer]),
         )
     if method.name in LEARNED:
+        anchor = None if layer == INTERPOLATE else layer
         done = learned.complete(
             method,
-            codes=looks.codes,
-            clear=looks.clear,
-            days=days,
-            target=target,
-            anchor=None if layer == INTERPOLATE else layer,
-            row0=looks.row0,
-            col0=looks.col0,
+            Target(looks.codes, looks.clear, days, target, anchor, looks.row0, looks.col0),
             core=looks.core,
             bits=looks.bits,
             within=weight > 0,  # all anchors have the same looks, so that none has to stand in for another

@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from pipeline import growth
 from pipeline.bands import CODE_NODATA
@@ -36,6 +37,8 @@ DONOR_BAD_SHARE: Final = (0.15, 0.90)
 """Of the date whose bad area is pasted."""
 LOOK_BAD_SHARE: Final = 0.5
 """A target needs two looks in its window that are better than this."""
+WORSE: Final = "worse"
+"""Ends the id of a case whose masks were made worse."""
 OWN_HOLE_SHARE: Final = (0.05, 0.90)
 """Of the clouds that a simulated date is scored under."""
 
@@ -259,6 +262,25 @@ def with_looks(case: Case, keep: Sequence[int] | NDArray[np.intp]) -> Case:
     kept = np.array(sorted(chosen), np.intp)
     target = None if case.target is None else int(np.flatnonzero(kept == case.target)[0])
     return replace(case, codes=case.codes[kept], bits=case.bits[kept], days=case.days[kept], target=target)
+
+
+def with_worse_masks(case: Case, share: float, edge_px: int, rng: np.random.Generator) -> Case:
+    """The case as masks show it that miss cloud: patches of it (``share`` in all) and up to ``edge_px`` of its edges.
+
+    What is missed counts as clear, on the target too; the hole is what is left to fill.
+    """
+    bits = case.bits.copy()
+    for look in bits:
+        hidden = (look & (CLOUD | SHADOW)) != 0
+        if not hidden.any():
+            continue
+        field = ndimage.gaussian_filter(rng.standard_normal(hidden.shape), 5.0)
+        missed = hidden & (field < np.quantile(field[hidden], share))
+        if edge := int(rng.integers(edge_px + 1)):
+            missed |= hidden & ~ndimage.binary_erosion(hidden, iterations=edge, border_value=1)
+        look[missed] &= np.uint8(VOID)
+    hole = case.hole if case.target is None else case.hole & (bits[case.target] != 0)
+    return replace(case, id=f"{case.id}/{WORSE}", bits=bits, hole=hole)
 
 
 def nearest_looks(case: Case, count: int) -> Case:

@@ -37,6 +37,29 @@ HALO_PX: Final = regression.HALO_PX
 
 
 @dataclass(frozen=True)
+class Target:
+    """What is asked for, and the looks around it.
+
+    Attributes:
+        codes: (T, B, H, W) uint16 codes in time order, 0 = no data.
+        clear: (T, H, W) bool, True = usable look.
+        days: (T,) int32 days since 1970-01-01, ascending.
+        day: to show; the anchor's own where there is one.
+        anchor: index of the acquisition to complete, None to predict a date that shows nothing.
+        row0: global lattice row of pixel [0, 0].
+        col0: its column.
+    """
+
+    codes: Codes
+    clear: Bool
+    days: NDArray[np.int32]
+    day: int
+    anchor: int | None
+    row0: int
+    col0: int
+
+
+@dataclass(frozen=True)
 class Estimates:
     """What is known classically about a target.
 
@@ -63,47 +86,39 @@ class Estimates:
     sigma: Float32
 
 
-def estimate(
-    *,
-    codes: Codes,
-    clear: Bool,
-    days: NDArray[np.int32],
-    target: int,
-    anchor: int | None,
-    row0: int,
-    col0: int,
-    core: tuple[slice, slice] | None = None,
-) -> Estimates:
+def estimate(target: Target, *, core: tuple[slice, slice] | None = None) -> Estimates:
     """Estimate a target from the looks around it.
 
     Args:
-        codes: (T, B, H, W) uint16 codes in time order, 0 = no data.
-        clear: (T, H, W) bool, True = usable look.
-        days: (T,) int32 days since 1970-01-01, ascending.
-        target: the day to show; the anchor's own where there is one.
-        anchor: index of the acquisition to complete, None to predict a date that shows nothing.
-        row0: global lattice row of pixel [0, 0].
-        col0: its column.
+        target: what is asked for, with its looks.
         core: where answers are needed, all by default; elsewhere the prior may be missing.
 
     Returns:
         ``Estimates`` of the whole block.
     """
-    usable = composite.complete_looks(codes=codes, clear=clear)
+    codes, days, day, anchor = target.codes, target.days, target.day, target.anchor
+    usable = composite.complete_looks(codes=codes, clear=target.clear)
     rest = usable.copy()
     if anchor is not None:
         rest[anchor] = False
-    line = composite.linear(codes=codes, clear=rest, days=days, target=target)
-    mean = composite.decay(codes=codes, clear=rest, days=days, target=target)
+    line = composite.linear(codes=codes, clear=rest, days=days, target=day)
+    mean = composite.decay(codes=codes, clear=rest, days=days, target=day)
     before, after = (
-        _look_beside(codes, rest, days, target, past=True),
-        _look_beside(codes, rest, days, target, past=False),
+        _look_beside(codes, rest, days, day, past=True),
+        _look_beside(codes, rest, days, day, past=False),
     )
-    known, fit = np.zeros(clear.shape[1:], bool), np.full(line.codes.shape, np.nan, np.float32)
+    known, fit = np.zeros(usable.shape[1:], bool), np.full(line.codes.shape, np.nan, np.float32)
     sigma, filled, dates = fit, line.codes, line.source_date
     if anchor is not None:
         done = regression.fill_acquisition(
-            codes=codes, clear=clear, days=days, anchor=anchor, row0=row0, col0=col0, core=core, with_fit=True
+            codes=codes,
+            clear=target.clear,
+            days=days,
+            anchor=anchor,
+            row0=target.row0,
+            col0=target.col0,
+            core=core,
+            with_fit=True,
         )
         assert done.fit is not None
         filled, sigma, dates, fit, known = done.codes, done.sigma, done.source_date, done.fit, usable[anchor]
@@ -121,7 +136,7 @@ def estimate(
         known=known,
         scale=np.maximum(scale, LEAST_SCALE).astype(np.float32),
         estimates=np.stack([np.where(m, e, prior) for e, m in zip(others, there, strict=True)]).astype(np.float32),
-        context=_context(codes, rest, target, known, fitted, before[1], after[1]),
+        context=_context(codes, rest, day, known, fitted, before[1], after[1]),
         source_date=dates,
         codes=filled,
         sigma=sigma,

@@ -238,7 +238,7 @@ def _mean(values: NDArray[np.float64], of: Any = np.mean) -> float:
 
 def _answers(methods: Mapping[str, Method], series: Series, case: Case) -> dict[str, Answer]:
     """Every method's answer, scored on the pixels that all can fill."""
-    made = {name: _compose(method, case) for name, method in methods.items()}
+    made = {name: compose_case(method, case) for name, method in methods.items()}
     others = case.clear.copy()
     if case.target is not None:
         others[case.target] = False
@@ -261,7 +261,7 @@ def _answers(methods: Mapping[str, Method], series: Series, case: Case) -> dict[
     return out
 
 
-def _compose(method: Method, case: Case) -> Layers:
+def compose_case(method: Method, case: Case) -> Layers:
     """The product's answer, as a job with this acquisition as its anchor gives it."""
     everywhere = None
     if case.target is not None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError, RunError
-from pipeline.estimates import CONTEXT, ESTIMATES
+from pipeline.estimates import CONTEXT, ESTIMATES, Target
 
 if TYPE_CHECKING:
     from pipeline.models.batch import Model
@@ -144,7 +144,7 @@ def halo_px(method: Method) -> int:
     return predict.halo_px(_read(options.weights, options.weights_sha256))
 
 
-def complete(method: Method, **looks: Any) -> "Completion":
+def complete(method: Method, target: Target, **more: Any) -> "Completion":
     """``predict.complete`` with the method's model, on its device; the model is read once per process.
 
     Raises:
@@ -155,11 +155,12 @@ def complete(method: Method, **looks: Any) -> "Completion":
     options = _ready(method)
     model = _on_device(options.weights, options.weights_sha256, predict.pick_device(options.device))
     return predict.complete(
+        target,
         model=model,
         patch_batch=options.patch_batch,
         precision="bf16" if options.precision == "bf16" else "fp32",
         channels=options.channels,
-        **looks,
+        **more,
     )
 
 

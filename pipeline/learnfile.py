@@ -36,8 +36,13 @@ class Simulated(_Base):
         {}, description="parameter of pipeline.phenology.SceneParams: [low, high], drawn evenly for each place"
     )
     scl_share: float = Field(
-        0.5, ge=0, le=1, description="share of places whose masks are the imperfect SCL, grown and checked in time"
+        0.5, ge=0, le=1, description="share of places whose masks are the imperfect SCL, read as ``mask`` says"
     )
+    mask: Mask = Field(Mask(), description="growth and check of that SCL; default as in a job")
+    pastes: int | None = Field(
+        None, ge=0, description="holes pasted on a clear pass, beside the clouds of all; default cases.pastes"
+    )
+    max_cases: int | None = Field(None, ge=1, description="at most so many cases of a place; default cases.max_cases")
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -97,11 +102,17 @@ class Cases(_Base):
     window_days: int = Field(60, ge=5, description="looks within so many days of the target are used")
     max_looks: int = Field(24, ge=3, description="at most so many looks, the nearest ones")
     pastes: int = Field(2, ge=1, description="samples of each target, each with another hole")
+    max_cases: int | None = Field(None, ge=1, description="at most so many cases of a place, drawn by the seed")
     target_max_bad: float = Field(0.05, ge=0, le=1, description="a target is clear but for this share (complete)")
     whole_share: float = Field(
         0.25, ge=0, le=1, description="share of samples whose target is dropped whole (complete)"
     )
     thin_share: float = Field(0.25, ge=0, le=1, description="share of samples that keep only some of the other looks")
+    omit_share: float = Field(
+        0.0, ge=0, le=1, description="share of samples whose masks are made worse: they miss a part of the clouds"
+    )
+    omit: tuple[float, float] = Field((0.02, 0.3), description="[least, most] share of the clouds that is missed")
+    omit_edge_px: int = Field(2, ge=0, description="and their edges up to so many pixels")
     min_valid: float = Field(0.5, ge=0, le=1, description="a patch needs known truth on this share of its pixels")
     min_hole: float = Field(0.02, ge=0, le=1, description="and a hole on this share of its pixels")
 
@@ -137,6 +148,7 @@ class Fit(_Base):
     """How the weights are found; the defaults are the paper's schedule (Oehmcke et al. 2020, section 4.1.2)."""
 
     epochs: int = Field(200, ge=1, description="passes over the training samples")
+    epoch_steps: int | None = Field(None, ge=1, description="an epoch ends after so many steps; default: all samples")
     batch: int = Field(32, ge=1, description="samples a step, over all devices")
     rate: float = Field(1e-3, gt=0, description="learning rate of Adam")
     weight_decay: float = Field(5e-4, ge=0)

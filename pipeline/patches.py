@@ -112,16 +112,21 @@ class Order(Sampler[list[Key]]):
 
     Args:
         count: of samples. batch: samples in one. seed: of the order; None keeps it. rank, world: this process takes
-            every ``world``-th batch, from ``rank`` on; all take the same number.
+            every ``world``-th batch, from ``rank`` on; all take the same number. most: batches at the most.
     """
 
-    def __init__(self, count: int, batch: int, *, seed: int | None, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, count: int, batch: int, *, seed: int | None, rank: int = 0, world: int = 1, most: int | None = None
+    ) -> None:
         self.count, self.batch, self.seed, self.rank, self.world = count, min(batch, count), seed, rank, world
+        self.most = most
         self.epoch = self.first = 0
 
     def __len__(self) -> int:
-        whole = self.count // self.batch if self.seed is not None else -(-self.count // self.batch)
-        return max(1, whole // self.world) if self.seed is not None else -(-whole // self.world)
+        if self.seed is None:
+            return -(-self.count // (self.batch * self.world))
+        own = max(1, self.count // self.batch // self.world)
+        return own if self.most is None else min(own, self.most)
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = np.arange(self.count)

@@ -22,7 +22,7 @@ from pipeline.items import group_acquisitions
 from pipeline.learnfile import Simulated, Source, job_of
 from pipeline.phenology import SceneParams
 from pipeline.regression import HALO_PX
-from pipeline.request import Request, mask_params, resolve
+from pipeline.request import Request, mask_params, reading, resolve
 from pipeline.simulate import Region
 
 LEAST_LOOKS = 3
@@ -210,7 +210,7 @@ def simulated_place(name: str, spec: Simulated, seed: int, bands: Sequence[str])
             nir=None if nir is None else np.ascontiguousarray(codes[:, nir]),
             days=days,
             resolution_m=10.0,
-            params=mask.MaskParams(),
+            params=reading(spec.mask, "scl"),
         )
         bits = _bits(layers.cloud, layers.shadow, void)
     else:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
 
@@ -22,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline import composite
-from pipeline.bands import CODE_OFFSET, CODE_SCALE, to_codes
+from pipeline.bands import CODE_SCALE, to_codes
 from pipeline.errors import ConfigError, RunError
-from pipeline.estimates import HALO_PX, Estimates, estimate
+from pipeline.estimates import HALO_PX, Target
 from pipeline.models.batch import Batch, Completed
+from pipeline.patchwork import PatchLattice, Source, patch_places, to_batch, window
 
 IMPLAUSIBLE: Final = 0.5
 """Reflectance: a model's answer farther than this from the prior, or not finite, is not believed."""
@@ -38,53 +38,6 @@ Flags = NDArray[np.bool_]
 
 _gpu = threading.Lock()
 _halved: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class PatchLattice:
-    """Where patches stand and how they are blended.
-
-    Attributes:
-        patch_px: side of a patch, as the model wants it.
-        stride_px: from patch to patch.
-        border_px: outermost pixels of a patch that are not used.
-        shift_px: where the lattice begins on both axes; 0 in the product, anything else only to look for seams.
-    """
-
-    patch_px: int = 128
-    stride_px: int = 96
-    border_px: int = 8
-    shift_px: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ramp_px <= self.stride_px:
-            raise ConfigError(
-                f"patches of {self.patch_px} px every {self.stride_px} px without {self.border_px} px of border do "
-                "not overlap once everywhere; choose a stride between half the patch and the patch without borders"
-            )
-
-    @property
-    def ramp_px(self) -> int:
-        """Pixels over which one patch goes over into the next."""
-        return self.patch_px - 2 * self.border_px - self.stride_px
-
-    @property
-    def reach_px(self) -> int:
-        """No pixel depends on a patch that reaches farther from it than this."""
-        return self.patch_px - self.border_px
-
-    @property
-    def profile(self) -> Float32:
-        """(patch_px,) weight along one axis; those of the patches over a pixel sum to 1."""
-        near = np.arange(self.patch_px) - self.border_px + 0.5
-        ends = np.minimum(near, near[::-1]) / self.ramp_px
-        return np.clip(ends, 0, 1).astype(np.float32)
-
-    def starts(self, start: int, stop: int) -> list[int]:
-        """Where the patches begin whose used part meets [start, stop)."""
-        first = (start - self.shift_px - self.reach_px) // self.stride_px + 1
-        last = (stop - 1 - self.shift_px - self.border_px) // self.stride_px
-        return [i * self.stride_px + self.shift_px for i in range(first, last + 1)]
 
 
 @dataclass
@@ -129,14 +82,8 @@ def pick_device(name: str) -> str:
 
 
 def complete(
+    target: Target,
     *,
-    codes: NDArray[np.uint16],
-    clear: Flags,
-    days: NDArray[np.int32],
-    target: int,
-    anchor: int | None,
-    row0: int,
-    col0: int,
     core: tuple[slice, slice] | None = None,
     bits: NDArray[np.uint8] | None = None,
     within: Flags | None = None,
@@ -149,13 +96,7 @@ def complete(
     """Complete one target with a learned model; patches without a gap are not run.
 
     Args:
-        codes: (T, B, H, W) uint16 codes in time order, 0 = no data.
-        clear: (T, H, W) bool, True = usable look.
-        days: (T,) int32 days since 1970-01-01, ascending.
-        target: the day to show; the anchor's own where there is one.
-        anchor: index of the acquisition to complete, None to predict a date that shows nothing.
-        row0: global row of pixel [0, 0].
-        col0: its column.
+        target: what is asked for, with the looks around it; an anchor's own day is the one shown.
         core: the part to answer for, all by default; the rest is halo, ``halo_px(model)`` of it where data go on.
         bits: (T, H, W) uint8, what hides a look: 1 cloud, 2 shadow; without it a look that has data and is not clear
             counts as under both.
@@ -174,8 +115,10 @@ def complete(
 
     Source: science notes, sections 1.8 and 6.3.
     """
+    codes, anchor = target.codes, target.anchor
     rows, cols = core or (slice(0, codes.shape[2]), slice(0, codes.shape[3]))
-    clear = composite.complete_looks(codes=codes, clear=clear)
+    clear = composite.complete_looks(codes=codes, clear=target.clear)
+    target = replace(target, clear=clear, day=target.day if anchor is None else int(target.days[anchor]))
     inner = clear[:, rows, cols]
     known = np.zeros(inner.shape[1:], bool) if anchor is None else inner[anchor]
     wanted = inner.any(axis=0) & ~known
@@ -189,178 +132,21 @@ def complete(
         np.zeros(known.shape, bool),
     )
     if anchor is not None:
-        target = int(days[anchor])
         np.copyto(out.codes, own[anchor], where=known)
-        np.copyto(out.source_date, np.int32(target), where=known)
+        np.copyto(out.source_date, np.int32(target.day), where=known)
     lattice = lattice or lattice_of(model)
-    places = _places(wanted, lattice, row0 + rows.start, col0 + cols.start)
-    if not places:
+    first = target.row0 + rows.start, target.col0 + cols.start
+    spots = patch_places(wanted, lattice, *first)
+    if not spots:
         return out
-    # only what these patches and their estimates see
-    top, bottom = _span([place[0] for place in places], lattice.patch_px, row0, codes.shape[2])
-    left, right = _span([place[1] for place in places], lattice.patch_px, col0, codes.shape[3])
-    near = slice(max(top - HALO_PX, 0), bottom + HALO_PX), slice(max(left - HALO_PX, 0), right + HALO_PX)
-    part = slice(top - near[0].start, bottom - near[0].start), slice(left - near[1].start, right - near[1].start)
-    seen, usable = codes[:, :, near[0], near[1]], clear[:, near[0], near[1]]
-    origin = row0 + near[0].start, col0 + near[1].start
-    known_as = estimate(
-        codes=seen, clear=usable, days=days, target=target, anchor=anchor, row0=origin[0], col0=origin[1], core=part
-    )
-    hidden = None if bits is None else bits[:, near[0], near[1]]
-    source = _Source(seen, usable, hidden, days, target, anchor, known_as, origin, lattice.patch_px)
+    source = Source.around(target, bits, spots, lattice.patch_px)
     device, call = _device(model), _Call(model, precision, None if list(channels) == sorted(channels) else [*channels])
-    canvas = _Canvas(out, wanted, source, lattice, (row0 + rows.start, col0 + cols.start))
+    canvas = _Canvas(out, wanted, source, lattice, first)
     with _gpu if device.type == "cuda" else one_thread():
-        for place, answer in _run(places, source, call, device, patch_batch, out.notes):
+        for place, answer in _run(spots, source, call, device, patch_batch, out.notes):
             canvas.add(place, answer)
     canvas.finish(has_scale=anchor is not None)
     return out
-
-
-def _places(wanted: Flags, lattice: PatchLattice, row0: int, col0: int) -> list[tuple[int, int]]:
-    """Global [row, col] of the patches that some wanted pixel depends on, row by row."""
-    height, width = wanted.shape
-    grid = product(lattice.starts(row0, row0 + height), lattice.starts(col0, col0 + width))
-    used = slice(lattice.border_px, lattice.patch_px - lattice.border_px)
-    return [
-        (y, x)
-        for y, x in grid
-        if wanted[
-            max(y + used.start - row0, 0) : max(y + used.stop - row0, 0),
-            max(x + used.start - col0, 0) : max(x + used.stop - col0, 0),
-        ].any()
-    ]
-
-
-def _span(starts: Sequence[int], length: int, origin: int, size: int) -> tuple[int, int]:
-    """The part of an array's axis that patches lie on."""
-    return max(min(starts) - origin, 0), min(max(starts) + length - origin, size)
-
-
-# -- patches ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Patch:
-    """One patch as numpy arrays, t looks of C bands and P x P pixels; see ``Batch`` for what they are."""
-
-    codes: NDArray[np.uint16]
-    present: Flags
-    clear: Flags
-    days: NDArray[np.int32]
-    prior: Float32
-    scale: Float32
-    estimates: Float32
-    context: Float32
-    known: Flags
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Looks and estimates around the patches; ``origin`` is the global place of their pixel [0, 0]."""
-
-    codes: NDArray[np.uint16]
-    clear: Flags
-    bits: NDArray[np.uint8] | None
-    days: NDArray[np.int32]
-    target: int
-    anchor: int | None
-    about: Estimates
-    origin: tuple[int, int]
-    patch_px: int
-
-    def cut(self, place: tuple[int, int]) -> _Patch:
-        """The patch at a global place, without the looks that show nothing of it."""
-        top, left = place[0] - self.origin[0], place[1] - self.origin[1]
-
-        def at(array: NDArray[Any]) -> NDArray[Any]:
-            return _window(array, (top, left), (self.patch_px, self.patch_px))
-
-        codes, clear = at(self.codes), at(self.clear)
-        has_data = codes.min(axis=1) != 0
-        serves = clear.any(axis=(1, 2))
-        if self.anchor is not None:
-            serves[self.anchor] |= has_data[self.anchor].any()
-        known = clear[self.anchor] if self.anchor is not None else np.zeros(clear.shape[1:], bool)
-        open_to = _visible(clear[serves], has_data[serves], None if self.bits is None else at(self.bits)[serves])
-        arrays = [codes[serves], has_data[serves], open_to]
-        arrays += [at(a) for a in (self.about.prior, self.about.scale, self.about.estimates, self.about.context)]
-        arrays.append(known)
-        if (inside := _mirror(has_data.any(axis=0))) is not None:
-            arrays = [array[..., inside[0][:, None], inside[1]] for array in arrays]
-        codes, present, clear, *facts, known = arrays
-        prior, scale, estimates, context = facts
-        days = self.days[serves] - np.int32(self.target)
-        return _Patch(codes, present, clear, days, prior, scale, estimates, context, known)
-
-
-def _visible(clear: Flags, has_data: Flags, bits: NDArray[np.uint8] | None) -> Flags:
-    """(t, 2, P, P) free of cloud, free of shadow; where nothing is there, nothing hides it."""
-    hidden = has_data & ~clear
-    if bits is None:
-        return np.stack([~hidden, ~hidden], axis=1)
-    shaded = (bits & 2) != 0
-    clouded = ((bits & 1) != 0) | ~shaded  # whatever hides it without a name is taken for cloud
-    return np.stack([~(hidden & clouded), ~(hidden & shaded)], axis=1)
-
-
-def _window(array: NDArray[Any], first: tuple[int, int], shape: tuple[int, int]) -> NDArray[Any]:
-    """A rectangle of the last two axes, zero where it lies outside."""
-    (top, left), (height, width) = first, shape
-    there = array[..., max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
-    if there.shape[-2:] == shape:
-        return there
-    out = np.zeros((*array.shape[:-2], *shape), array.dtype)
-    y, x = max(-top, 0), max(-left, 0)
-    out[..., y : y + there.shape[-2], x : x + there.shape[-1]] = there
-    return out
-
-
-def _mirror(seen: Flags) -> tuple[NDArray[np.intp], NDArray[np.intp]] | None:
-    """Rows and columns that pad by reflection what lies outside the data; None where they fill the patch."""
-    if seen[0].any() and seen[-1].any() and seen[:, 0].any() and seen[:, -1].any():
-        return None
-    axes = []
-    for axis in (0, 1):
-        there = np.flatnonzero(seen.any(axis=1 - axis))
-        first, last = int(there[0]), int(there[-1])
-        mode: Literal["reflect", "edge"] = "reflect" if last > first else "edge"
-        axes.append(np.pad(np.arange(first, last + 1), (first, seen.shape[axis] - 1 - last), mode=mode))
-    return axes[0], axes[1]
-
-
-def _batch(patches: Sequence[_Patch], device: torch.device) -> Batch:
-    """Patches as a model wants them; looks padded to the longest series."""
-    steps = max(len(patch.days) for patch in patches)
-
-    def stack(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([getattr(patch, name) for patch in patches])).to(device)
-
-    def series(name: str, dtype: Any) -> Tensor:
-        padded = np.zeros((len(patches), steps, *getattr(patches[0], name).shape[1:]), dtype)
-        for out, patch in zip(padded, patches, strict=True):
-            out[: len(patch.days)] = getattr(patch, name)
-        # codes travel as they are, in the guise of int16: torch does little with uint16
-        return torch.from_numpy(padded.view(np.int16) if dtype is np.uint16 else padded).to(device)
-
-    codes = series("codes", np.uint16).to(torch.int32).bitwise_and_(0xFFFF).to(torch.float32)
-    present = series("present", np.uint8).to(torch.float32)[:, :, None]
-    clear = series("clear", np.uint8).to(torch.float32)
-    known = stack("known").to(torch.float32)[:, None]
-    lengths = torch.tensor([len(patch.days) for patch in patches], device=device)
-    return Batch(
-        looks=codes.sub_(CODE_OFFSET).mul_(CODE_SCALE).mul_(present),
-        present=present,
-        clear=clear,
-        days=series("days", np.float32),
-        steps=torch.arange(steps, device=device)[None] < lengths[:, None],
-        condition=known.new_ones((len(patches), 3, *known.shape[-2:])),
-        prior=stack("prior"),
-        scale=stack("scale"),
-        estimates=stack("estimates"),
-        context=stack("context"),
-        known=known,
-    )
 
 
 # -- the model --------------------------------------------------------------------------------------------------
@@ -376,15 +162,15 @@ class _Answer:
 
 
 def _run(
-    places: Sequence[tuple[int, int]],
-    source: _Source,
+    spots: Sequence[tuple[int, int]],
+    source: Source,
     call: "_Call",
     device: torch.device,
     patch_batch: int | None,
     notes: list[str],
 ) -> Iterator[tuple[tuple[int, int], _Answer]]:
     """Run the patches in order. A GPU works on a batch while the next is cut, and takes less where it must."""
-    queue = deque(places)
+    queue = deque(spots)
     most = _most(call.model, device, patch_batch)
     flying: tuple[list[tuple[int, int]], tuple[Tensor | None, ...]] | None = None
     while queue or flying:
@@ -392,7 +178,7 @@ def _run(
         if queue:
             taken = [queue.popleft() for _ in range(min(most, len(queue)))]
             try:
-                launched = taken, call(_batch([source.cut(p) for p in taken], device), source.target)
+                launched = taken, call(to_batch([source.cut(p) for p in taken], device), source.target.day)
             except torch.OutOfMemoryError as error:
                 if len(taken) == 1:
                     raise RunError(
@@ -479,7 +265,7 @@ class _Canvas:
     """Patches' answers, blended over the core."""
 
     def __init__(
-        self, out: Completion, wanted: Flags, source: _Source, lattice: PatchLattice, origin: tuple[int, int]
+        self, out: Completion, wanted: Flags, source: Source, lattice: PatchLattice, origin: tuple[int, int]
     ) -> None:
         self.out, self.wanted, self.source, self.lattice, self.origin = out, wanted, source, lattice, origin
         self.image = np.zeros(out.codes.shape, np.float32)
@@ -532,4 +318,4 @@ class _Canvas:
     def _around(self, array: NDArray[Any], rows: slice, cols: slice) -> NDArray[Any]:
         """A part of the core of an array that lies as the estimates do."""
         first = self.offset[0] + rows.start, self.offset[1] + cols.start
-        return _window(array, first, (rows.stop - rows.start, cols.stop - cols.start))
+        return window(array, first, (rows.stop - rows.start, cols.stop - cols.start))

@@ -72,7 +72,7 @@ def prepare(training: Training, *, restart: bool = False, progress: Progress | N
         if (folder / COMPLETE).is_file():
             kept += len(group_samples(store, place.name, place.name))
         else:
-            _write_place(folder, place.read(), training.cases, training.seed)
+            _write_place(folder, place.read(), _rules(training, source), training.seed)
         counts[source] += len(group_samples(store, place.name, place.name))
         progress.step(1)
     for source, count in counts.items():
@@ -93,6 +93,13 @@ def _place_of(training: Training, source: str, place: Place) -> str:
     """What splits go by: each simulated seed is a place of its own, blocks of one area are one place."""
     simulated = any(one.simulate for one in training.sources if one.name == source)
     return place.name if simulated else source
+
+
+def _rules(training: Training, source: str) -> Cases:
+    """How samples are cut, with what a simulated source says of its own."""
+    (spec,) = [one.simulate for one in training.sources if one.name == source]
+    own = {} if spec is None else {"pastes": spec.pastes, "max_cases": spec.max_cases}
+    return training.cases.model_copy(update={name: value for name, value in own.items() if value is not None})
 
 
 def _about(training: Training) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def training_cases(series: Series, rules: Cases, seed: int) -> Iterator[Case]:
             series, pastes=rules.pastes, seed=of_place, window_days=window, max_bad=rules.target_max_bad
         )
     own = cases.simulated(series, window_days=window) if series.truth is not None and rules.mode == "complete" else ()
-    for case in (*made, *own):
+    for case in _some([*made, *own], rules.max_cases, of_place):
         rng = np.random.default_rng([seed, zlib.crc32(case.id.encode())])
         if rules.mode == "complete" and rng.random() < rules.whole_share:
             whole = cases.without_target(case)
@@ -173,8 +180,17 @@ def training_cases(series: Series, rules: Cases, seed: int) -> Iterator[Case]:
             keep = rng.permutation(len(case.days))[: rng.integers(3, len(case.days) + 1)]
             case = cases.with_looks(case, keep)
         case = cases.nearest_looks(case, rules.max_looks)
+        if rng.random() < rules.omit_share:
+            case = cases.with_worse_masks(case, rng.uniform(*rules.omit), rules.omit_edge_px, rng)
         if len(case.days) > 1:
             yield case
+
+
+def _some(given: list[Case], most: int | None, seed: int) -> list[Case]:
+    """At most so many cases, drawn by the seed, in their order."""
+    if most is None or len(given) <= most:
+        return given
+    return [given[i] for i in np.sort(np.random.default_rng([seed, 3]).permutation(len(given))[:most])]
 
 
 def _core(series: Series) -> NDArray[np.bool_]:
@@ -217,16 +233,8 @@ def _write_case(
     arrays: zarr.Group, number: int, case: Case, series: Series, rules: Cases, padded: tuple[int, ...]
 ) -> list[tuple[int, float, float]]:
     """Write a case's patches; (number among all windows of the place, share of known truth, share of hole) of each."""
-    known = estimates.estimate(
-        codes=case.codes,
-        clear=case.clear,
-        days=case.days,
-        target=case.day,
-        anchor=case.target,
-        row0=case.row0,
-        col0=case.col0,
-        core=series.core,
-    )
+    asked = estimates.Target(case.codes, case.clear, case.days, case.day, case.target, case.row0, case.col0)
+    known = estimates.estimate(asked, core=series.core)
     prior = np.where(known.has_prior, to_codes(known.prior), np.uint16(CODE_NODATA))
     layers: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
         "looks": (("time", "band"), _all_steps(case.codes, rules)),

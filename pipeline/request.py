@@ -10,7 +10,7 @@ from pipeline import learned
 from pipeline import mask as masks
 from pipeline.block import check_method
 from pipeline.catalog import search
-from pipeline.config import Job
+from pipeline.config import Job, Mask
 from pipeline.frozen import SearchResult
 from pipeline.grid import Grid
 from pipeline.handles import is_remote
@@ -92,11 +92,16 @@ def acquisitions_of(request: Request, period: Period) -> list[Acquisition]:
 
 def mask_params(job: Job, kind: str) -> masks.MaskParams:
     """The job's growth and checks; the opening depends on the kind of raster."""
+    return reading(job.mask, kind)
+
+
+def reading(asked: Mask, kind: str) -> masks.MaskParams:
+    """Growth and checks as a mask's fields ask for them."""
     return masks.MaskParams(
-        open_m=job.mask.opening_m(kind),
-        cloud_grow_m=job.mask.cloud_grow_m,
-        shadow_grow_m=job.mask.shadow_grow_m,
-        temporal_check=job.mask.temporal_check,
+        open_m=asked.opening_m(kind),
+        cloud_grow_m=asked.cloud_grow_m,
+        shadow_grow_m=asked.shadow_grow_m,
+        temporal_check=asked.temporal_check,
     )
 
 

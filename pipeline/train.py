@@ -5,12 +5,11 @@ samples, their augmentation and the random numbers of a step depend on seed, epo
 training takes the very steps the interrupted one would have taken. Imports neither GDAL nor Dask.
 """
 
-import io
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -26,31 +25,12 @@ from pipeline.curves import draw_curves
 from pipeline.errors import ConfigError, RunError, StoreMismatchError
 from pipeline.exam import exam_pixels, scores, timed, undistorted
 from pipeline.learnfile import Training
-from pipeline.logs import append, cut, rows_of
 from pipeline.models import weights
-from pipeline.objects import write_whole
 from pipeline.patches import Lesson, Order, Patches, collate
 from pipeline.report import Progress, Silent
 from pipeline.samples import Sample, Store, open_store, split_samples
 from pipeline.scheme import NotFiniteError, Scheme
-
-STATE: Final = "state.pt"
-REQUEST: Final = "training.json"
-STEPS: Final = "steps.csv"
-EPOCHS: Final = "epochs.csv"
-WEIGHTS: Final = "weights.safetensors"
-CURVES: Final = "curves.png"
-_FREE: Final = (
-    "devices",
-    "strategy",
-    "accelerator",
-    "loaders",
-    "threads",
-    "max_minutes",
-    "checkpoint_steps",
-    "patience",
-)
-"""Fields of ``fit`` that may change from one run to the next."""
+from pipeline.training_folder import CURVES, EPOCHS, STATE, STEPS, WEIGHTS, Records, State, unreadable
 
 
 @dataclass(frozen=True)
@@ -75,19 +55,6 @@ class Trained:
     finished: bool
     wait_share: float
     seconds: float
-
-
-@dataclass
-class State:
-    """How far a training is."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best_mse: float = math.inf
-    best_epoch: int = -1
-    ended: str = ""
-    epochs: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(training: Training, *, restart: bool = False, progress: Progress | None = None) -> Trained:
@@ -124,11 +91,18 @@ class Course:
         self.model = self.scheme.model
         rank, world = self.fabric.global_rank, self.fabric.world_size
         share = max(1, self.fit.batch // world)
-        self.order = Order(len(self.parts["train"]), share, seed=training.seed, rank=rank, world=world)
+        seed, most = training.seed, self.fit.epoch_steps
+        self.order = Order(len(self.parts["train"]), share, seed=seed, rank=rank, world=world, most=most)
         self.exam = Order(len(self.parts["validation"]), share, seed=None, rank=rank, world=world)
-        self.state = State()
         self.waited = self.spent = 0.0
-        self._open(restart)
+        request, writes = _request(training, self.store), self.fabric.is_global_zero
+        self.records = Records(training.out, request, restart=restart, writes=writes)
+        self.state, there = self.records.load(self.fabric.device)
+        if there:
+            try:
+                self.scheme.load_state_dict(there)
+            except Exception as error:
+                raise unreadable(training.out / STATE, error) from error
 
     # -- the way ---------------------------------------------------------------------------------------------------
 
@@ -191,7 +165,7 @@ class Course:
             state.batch += 1
             self.waited += waited
             self.spent += waited + time.perf_counter() - began
-            self._log(STEPS, {"step": state.step, "epoch": state.epoch, "rate": rate, **terms})
+            self.records.log(STEPS, {"step": state.step, "epoch": state.epoch, "rate": rate, **terms})
             if state.step % fit.checkpoint_steps == 0:
                 self._save()
             if time.perf_counter() > limit:
@@ -225,24 +199,18 @@ class Course:
         row = {"epoch": float(self.state.epoch), "step": float(self.state.step), "mse": squared / max(count, 1)}
         row |= {"psnr": psnr / max(cases, 1), "ssim": ssim / max(cases, 1), "prior_psnr": prior / max(cases, 1)}
         gamma = _gamma(self.model)
-        recent = self._recent_loss()
-        return row | {"loss": recent, "gamma": gamma, "rate": self._rate()}
+        return row | {"loss": self.records.loss_of(self.state.epoch), "gamma": gamma, "rate": self._rate()}
 
     def _finish_epoch(self, row: dict[str, float]) -> None:
         state = self.state
         state.epochs.append(row)
-        self._log(EPOCHS, row)
+        self.records.log(EPOCHS, row)
         if row["mse"] < state.best_mse:
             state.best_mse, state.best_epoch = row["mse"], state.epoch
             if self.fabric.is_global_zero:
                 weights.save(self.model, self.training.out / WEIGHTS, card=self._card(row))
         state.epoch += 1
         state.batch = 0
-
-    def _recent_loss(self) -> float:
-        rows = rows_of(self.training.out / STEPS)
-        own = [float(row["loss"]) for row in rows if int(row["epoch"]) == self.state.epoch]
-        return float(np.mean(own)) if own else math.nan
 
     def _card(self, row: Mapping[str, float]) -> dict[str, Any]:
         """What the weights say about themselves."""
@@ -253,7 +221,7 @@ class Course:
             "data": {
                 "samples": {part: len(numbers) for part, numbers in self.parts.items()},
                 "places": places,
-                "sources": json.loads(training.model_dump_json(include={"sources", "cases"})),
+                "sources": _sources(training),
             },
             "recipe": json.loads(training.model_dump_json(include={"model", "loss", "fit", "split"})),
             "seed": training.seed,
@@ -264,52 +232,8 @@ class Course:
     def _places(self, part: str) -> list[str]:
         return sorted({self.store.samples[number].place for number in self.parts[part]})
 
-    # -- what is kept ----------------------------------------------------------------------------------------------
-
-    def _open(self, restart: bool) -> None:
-        """Take up what the folder holds, or begin."""
-        out, request = self.training.out, _request(self.training, self.store)
-        path = out / REQUEST
-        if restart:
-            for name in (REQUEST, STATE, STEPS, EPOCHS, WEIGHTS, CURVES):
-                (out / name).unlink(missing_ok=True)
-        if path.is_file():
-            there = json.loads(path.read_text())
-            other = sorted(name for name in request if there.get(name) != request[name])
-            if other:
-                raise StoreMismatchError(
-                    f"out: {out} holds a training with other {', '.join(other)}; name another folder, or start over "
-                    "with --restart"
-                )
-        write_whole(path, json.dumps(request, indent=1).encode())
-        if (out / STATE).is_file():
-            self._resume(out / STATE)
-        if self.fabric.is_global_zero:
-            cut(out / STEPS, "step", self.state.step)
-            cut(out / EPOCHS, "epoch", self.state.epoch - 1)
-
     def _save(self) -> None:
-        """Write the state, whole or not at all."""
-        if not self.fabric.is_global_zero:
-            return
-        kept = {f.name: getattr(self.state, f.name) for f in fields(State)}
-        buffer = io.BytesIO()
-        torch.save({"state": kept, **self.scheme.state_dict()}, buffer)
-        write_whole(self.training.out / STATE, buffer.getvalue())
-
-    def _resume(self, path: Path) -> None:
-        try:
-            there = torch.load(path, map_location=self.fabric.device, weights_only=True)
-            self.scheme.load_state_dict(there)
-            self.state = State(**there["state"])
-        except Exception as error:
-            raise StoreMismatchError(
-                f"out: {path} cannot be read ({type(error).__name__}); start over with --restart"
-            ) from error
-
-    def _log(self, name: str, row: Mapping[str, float]) -> None:
-        if self.fabric.is_global_zero:
-            append(self.training.out / name, row)
+        self.records.save(self.state, self.scheme.state_dict())
 
     def _nonsense(self, what: str, lesson: Lesson) -> RunError:
         """The error that ends a training whose numbers went wrong; the last good state is written first."""
@@ -394,11 +318,36 @@ def _checked_store(training: Training) -> Store:
     return store
 
 
+_FREE: Final = (
+    "devices",
+    "strategy",
+    "accelerator",
+    "loaders",
+    "threads",
+    "max_minutes",
+    "checkpoint_steps",
+    "patience",
+)
+"""Fields of ``fit`` that may change from one run to the next."""
+
+
 def _request(training: Training, store: Store) -> dict[str, Any]:
     """What must stay the same for a training to go on."""
     asked = json.loads(training.model_dump_json(include={"bands", "seed", "model", "loss", "split", "fit"}))
     asked["fit"] = {name: value for name, value in asked["fit"].items() if name not in _FREE}
     return {**asked, "weights": {source.name: source.weight for source in training.sources}, "store": store.about}
+
+
+def _sources(training: Training) -> dict[str, Any]:
+    """Sources and cases for the card; where this machine keeps their files is nobody's business."""
+    asked: dict[str, Any] = json.loads(training.model_dump_json(include={"sources", "cases"}))
+    for source in asked["sources"]:
+        job = source["job"]
+        if isinstance(job, str):
+            source["job"] = Path(job).name
+        elif job and isinstance(job.get("catalog"), str) and Path(job["catalog"]).is_absolute():
+            job["catalog"] = "/".join(Path(job["catalog"]).parts[-2:])
+    return asked
 
 
 def _line(row: Mapping[str, float], state: State) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline import cases
 from pipeline.cases import CLOUD, SHADOW, VOID, Series
+from pipeline.config import Mask
 from pipeline.learnfile import Simulated
 from pipeline.places import simulated_place
 
@@ -95,6 +96,30 @@ def test_dropping_looks_keeps_the_target_and_the_order(real: Series) -> None:
     np.testing.assert_array_equal(few.codes[few.target], case.codes[case.target])
     assert (np.diff(few.days) >= 0).all()
     assert np.abs(few.days - case.day).max() <= np.sort(np.abs(case.days - case.day))[2]
+
+
+def test_worse_masks_miss_cloud_and_nothing_else(real: Series) -> None:
+    case = next(c for c in cases.completions(real, max_bad=0.1))
+    worse = cases.with_worse_masks(case, 0.25, 0, np.random.default_rng(1))
+    assert not (case.clear & ~worse.clear).any()
+    hidden = ~case.clear
+    assert 0.15 < (worse.clear & hidden)[hidden].mean() < 0.35
+    np.testing.assert_array_equal(worse.codes, case.codes)
+    assert case.target is not None
+    assert 0 < worse.hole.sum() < case.hole.sum()
+    assert not worse.hole[worse.observed].any()
+    eroded = cases.with_worse_masks(case, 0.0, 3, np.random.default_rng(5))
+    assert (eroded.clear & hidden).any()
+    whole = cases.without_target(case)
+    np.testing.assert_array_equal(cases.with_worse_masks(whole, 0.2, 1, np.random.default_rng(1)).hole, whole.hole)
+
+
+def test_a_simulated_mask_is_read_as_asked() -> None:
+    raw = Mask(open_m=0, cloud_grow_m=0, shadow_grow_m=0, temporal_check=False)
+    spec = Simulated(size_px=64, dates=(8, 8), scl_share=1)
+    usual, plain = (simulated_place("sim", s, 3, BANDS) for s in (spec, spec.model_copy(update={"mask": raw})))
+    np.testing.assert_array_equal(usual.codes, plain.codes)
+    assert (plain.bits != 0).sum() < (usual.bits != 0).sum()
 
 
 def test_holes_lie_in_the_core(real: Series) -> None:

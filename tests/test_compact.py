@@ -10,7 +10,8 @@ from made_up_batch import made_up_batch
 from pipeline.estimates import CONTEXT, ESTIMATES
 from pipeline.models import build
 from pipeline.models.batch import Batch
-from pipeline.models.kriging import Kriging, closed_series
+from pipeline.models.doubt import middle_look
+from pipeline.models.kriging import Kriging, Residual, closed_series
 
 DISTANCE, FITTED = CONTEXT.index("distance"), CONTEXT.index("fitted")
 
@@ -42,7 +43,10 @@ def bands_of(given: Batch, order: list[int]) -> Batch:
 @pytest.mark.parametrize("bands", [3, 4, 5, 10])
 def test_any_number_of_bands_in_any_order(bands):
     given = batch(bands=bands, size=(16, 20))
-    model, order = trained(), torch.randperm(bands, generator=torch.Generator().manual_seed(bands)).tolist()
+    model, order = (
+        trained(doubt=True, middle=True),
+        torch.randperm(bands, generator=torch.Generator().manual_seed(bands)).tolist(),
+    )
     with torch.inference_mode():
         there, turned = model(given, with_weights=True), model(bands_of(given, order), with_weights=True)
     for name in ("image", "aggregate", "sigma"):
@@ -71,7 +75,7 @@ def test_without_the_residual_network_x_is_the_answer():
 
 
 def test_the_order_of_dates_and_padding_do_not_matter():
-    given, model = batch(steps=7), trained()
+    given, model = batch(steps=7), trained(doubt=True, middle=True)
     days = torch.tensor([[-31.0, -20, -11, -5, 4, 9, 26]]).expand(2, -1)
     given = replace(given, days=days)
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
@@ -115,7 +119,8 @@ def test_weights_lie_on_the_looks_beside_the_target():
     assert share[2].abs() > 0
 
 
-def test_kriging_is_the_textbook_formula():
+@pytest.mark.parametrize("doubted", [False, True])
+def test_kriging_is_the_textbook_formula(doubted):
     torch.manual_seed(0)
     kriging, h, w = Kriging().double().requires_grad_(False), 9, 11
     series = torch.randn(1, 3, 2, h, w, dtype=torch.float64)
@@ -123,7 +128,9 @@ def test_kriging_is_the_textbook_formula():
     residual = torch.randn(1, 2, h, w, dtype=torch.float64) * usable
     weights = torch.tensor([[1.0, 0.5, 0.25]], dtype=torch.float64)
     asked = 1.0 - usable
-    got, left = kriging(series, weights, residual, usable, torch.rand_like(usable), asked, keys=h * w)
+    doubt = torch.randn_like(usable) if doubted else torch.zeros_like(usable)
+    known = Residual(residual, usable, torch.rand_like(usable), doubt)
+    got, left = kriging((series, weights), known, asked, keys=h * w)
 
     share = (weights / weights.sum() / 2).sqrt().numpy()[0]
     features = (series.numpy()[0] * share[:, None, None, None]).reshape(6, -1).T
@@ -138,16 +145,50 @@ def test_kriging_is_the_textbook_formula():
         return sum(mixture[k] * np.exp(-np.sqrt(near / space[k] ** 2 + alike / season[k] ** 2 + 1e-6)) for k in (0, 1))
 
     keys, gaps = np.flatnonzero(usable.numpy().ravel()), np.flatnonzero(asked.numpy().ravel())
-    noise = kriging.log_noise.exp().item()
+    noise = kriging.log_noise.exp().item() * np.exp(doubt.numpy().ravel()[keys])
     values = residual.numpy()[0].reshape(2, -1)[:, keys].T
-    want = covariance(gaps, keys) @ np.linalg.solve(covariance(keys, keys) + noise * np.eye(len(keys)), values)
+    want = covariance(gaps, keys) @ np.linalg.solve(covariance(keys, keys) + np.diag(noise), values)
     np.testing.assert_allclose(got.detach().numpy()[0].reshape(2, -1)[:, gaps].T, want, atol=1e-6)
     assert (got.detach().numpy()[0].reshape(2, -1)[:, keys] == 0).all()
     assert ((left >= 0) & (left <= 1)).all()
 
 
-def test_every_part_learns():
-    model = trained().train()
+def test_fewer_pixels_to_learn_from_give_the_same_answer():
+    given = batch(size=(16, 16))
+    every, some = (trained(doubt=True, middle=True, learned_at=n).train() for n in (None, 40))
+    torch.testing.assert_close(some(given).image, every(given).image)
+    some(given).image.square().mean().backward()
+    assert some.kriging.log_space.grad.abs().sum() > 0
+    assert some.doubt.tell.weight.grad.abs().sum() > 0
+
+
+def test_doubt_begins_at_nothing_and_what_was_trained_without_it_can_be_read():
+    given = batch()
+    plain, robust = (build({"name": "compact", "doubt": d}).eval() for d in (False, True))
+    torch.testing.assert_close(robust(given).image, plain(given).image)
+
+
+def test_the_middle_look_is_levelled_and_not_moved_by_one_cloud():
+    given = batch(targets=1, steps=5, bands=2, size=(16, 16))
+    ground = 0.1 + 0.2 * torch.rand(1, 1, 2, 16, 16)
+    gain = torch.tensor([0.0, 0.03, -0.02, 0.01, 0.0]).view(1, 5, 1, 1, 1)
+    known = torch.ones(1, 1, 16, 16)
+    known[..., :4, :4] = 0
+    looks = ground + gain
+    looks[:, 1, :, :3, :3] = 0.9  # a cloud that its mask misses
+    given = replace(given, looks=looks, prior=ground[:, 0], known=known)
+    clear = torch.ones(1, 5, 1, 16, 16)
+    clear[:, :, :, 0, 0] = 0
+    middle, spread = middle_look(given, clear)
+    assert (middle - ground[:, 0])[..., 1:, 1:].abs().max() < 0.01
+    assert torch.equal(middle[..., 0, 0], given.prior[..., 0, 0])
+    assert (spread[..., 0, 0] == 0).all()
+    assert torch.isfinite(spread).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"doubt": True, "middle": True}])
+def test_every_part_learns(options):
+    model = trained(**options).train()
     given = batch(size=(16, 16))
     out = model(given)
     (out.image.square().mean() + out.sigma.log().mean()).backward()

@@ -77,10 +77,8 @@ def test_the_prior_is_that_of_inference_on_the_whole_block(folder: Path, store: 
     training = learning.training(folder)
     series = simulated_place("sim", training.sources[0].simulate or Simulated(), 1001, training.bands)
     case = next(c for c in training_cases(series, training.cases, training.seed) if c.target is not None)
-    known = estimates.estimate(
-        codes=case.codes, clear=case.clear, days=case.days, target=case.day, anchor=case.target,
-        row0=case.row0, col0=case.col0,
-    )  # fmt: skip
+    asked = estimates.Target(case.codes, case.clear, case.days, case.day, case.target, case.row0, case.col0)
+    known = estimates.estimate(asked)
     (first, *_) = (number for number, s in enumerate(store.samples) if s.case == case.id)
     sample, data = store.samples[first], Patches(store, [first], seed=0, fit=None)
     row, col = divmod(sample.number % 4, 2)
@@ -284,6 +282,15 @@ def test_order_and_augmentation_follow_seed_epoch_and_number(store: Store) -> No
     assert len(set(seen)) == 12
     exam = [number for rank in (0, 1) for batch in Order(13, 3, seed=None, rank=rank, world=2) for _, number in batch]
     assert sorted(exam) == list(range(13))
+
+
+def test_an_epoch_can_end_early_and_the_next_draws_anew() -> None:
+    order = Order(20, 4, seed=0, most=3)
+    assert len(order) == len(list(order)) == 3
+    first = {number for batch in order for _, number in batch}
+    order.epoch = 1
+    assert {number for batch in order for _, number in batch} != first
+    assert len(Order(20, 4, seed=None, most=3)) == 5  # examined is everything
 
 
 def test_flips_move_all_arrays_alike(store: Store) -> None:

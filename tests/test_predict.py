@@ -10,8 +10,10 @@ from tiny_network import TinyNet, tiny
 from pipeline import predict
 from pipeline.bands import to_codes, to_reflectance
 from pipeline.errors import ConfigError, RunError
+from pipeline.estimates import Target
 from pipeline.models.batch import Batch, Completed
-from pipeline.predict import PatchLattice, complete, halo_px
+from pipeline.patchwork import PatchLattice
+from pipeline.predict import complete, halo_px
 
 DAYS = np.array([19000, 19007, 19012, 19020, 19031], np.int32)
 ANCHOR = 2
@@ -37,9 +39,7 @@ def scene(seed=0, bands=3, height=120, width=136, clouds=9):
 
 
 def run(codes, clear, *, model, anchor=ANCHOR, target=int(DAYS[ANCHOR]), row0=1000, col0=-3000, **more):
-    return complete(
-        codes=codes, clear=clear, days=DAYS, target=target, anchor=anchor, row0=row0, col0=col0, model=model, **more
-    )
+    return complete(Target(codes, clear, DAYS, target, anchor, row0, col0), model=model, **more)
 
 
 def same(one, other):
@@ -259,7 +259,7 @@ def test_padding_of_shorter_series_changes_nothing_but_rounding(monkeypatch):
     np.testing.assert_array_equal(many.source_date, one.source_date)
 
 
-def test_the_order_of_equal_dates_and_threads_do_not_matter():
+def test_the_number_of_threads_does_not_matter():
     codes, clear = scene(height=100, width=100)
     torch.set_num_threads(2)
     one = run(codes, clear, model=tiny())

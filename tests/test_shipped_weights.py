@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.estimates import Target
 from pipeline.models.weights import SHIPPED, load_model
 from pipeline.predict import complete, halo_px, lattice_of
 
@@ -40,8 +41,8 @@ def _scene(bands=4, height=300, width=280, seed=0):
 
 
 def _run(model, codes, clear, **more):
-    given = {"days": DAYS, "target": int(DAYS[ANCHOR]), "anchor": ANCHOR, "row0": 40, "col0": 7} | more
-    return complete(codes=codes, clear=clear, model=model, **given)
+    place = {"row0": 40, "col0": 7} | {name: more.pop(name) for name in ("row0", "col0") if name in more}
+    return complete(Target(codes, clear, DAYS, int(DAYS[ANCHOR]), ANCHOR, **place), model=model, **more)
 
 
 def test_the_lattice_leaves_no_seam(compact):

@@ -4,6 +4,7 @@ Legend: B batch, T time steps, C bands, K estimates, G context channels, H and W
 One polarity throughout: **1 = good** (there, clear). Missing values are 0 and marked, never NaN.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -111,11 +112,11 @@ class ModelConfig(BaseModel):
     """Outermost pixels of a patch that are not used."""
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """A network that completes targets; ``pipeline.models.build`` makes one from its configuration."""
 
     config: ModelConfig
 
+    @abstractmethod
     def forward(self, batch: Batch, *, with_weights: bool = False) -> Completed:
         """Complete the targets of ``batch``; the looks' shares come along where asked for."""
-        raise NotImplementedError

@@ -9,6 +9,8 @@ Source: Rasmussen & Williams 2006, chapter 2 (posterior mean and variance); Wils
 kernel learned by gradients).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,41 @@ LEAST_SHARE = 0.3
 """A date serves where it is clear on more than this share of the patch."""
 TEXTURE_FLOOR = 3e-3
 """Reflectance added to a date's contrast, so that a date without any says nothing."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What is known of a residual.
+
+    Attributes:
+        values: (B, C, H, W) what the fit leaves over, in units of its error; 0 where unknown.
+        usable: (B, 1, H, W) 1 = known here.
+        nearness: (B, 1, H, W) the smaller, the sooner a pixel becomes a key.
+        doubt: (B, 1, H, W) logarithm of how much more noise a pixel has than usual; what a mask missed has much.
+    """
+
+    values: Tensor
+    usable: Tensor
+    nearness: Tensor
+    doubt: Tensor
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A solved system: its keys (B, M, 2 + F), 1 = holds one (B, M), and what each says (B, M, C)."""
+
+    model: "Kriging"
+    keys: Tensor
+    there: Tensor
+    says: Tensor
+
+    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Correction (B, N, C) at points (B, N, 2 + F), and the squared likeness of the most alike key (B, N, 1).
+
+        The latter is what that key alone explains: a cheap lower bound of what all keys explain.
+        """
+        across = self.model._kernel(points, self.keys) * self.there[:, None]
+        return across @ self.says, across.amax(dim=2, keepdim=True) ** 2
 
 
 class Kriging(nn.Module):
@@ -36,68 +73,62 @@ class Kriging(nn.Module):
         self.fade = nn.Parameter(torch.tensor(0.3))  # weight of a date 30 days away: exp(-fade)
 
     def forward(
-        self,
-        series: Tensor,
-        weights: Tensor,
-        residual: Tensor,
-        usable: Tensor,
-        nearness: Tensor,
-        asked: Tensor,
-        *,
-        keys: int,
+        self, alike: tuple[Tensor, Tensor], known: Residual, asked: Tensor, *, keys: int, learned_at: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Carry residuals into the pixels asked for.
 
         Args:
-            series: (B, D, C, H, W) standardised values on the dates compared, no missing ones.
-            weights: (B, D) weight of each date, from ``date_weights``; 0 = not compared.
-            residual: (B, C, H, W) what the fit leaves over, in units of its error; 0 where unknown.
-            usable: (B, 1, H, W) 1 = ``residual`` is known here.
-            nearness: (B, 1, H, W) the smaller, the sooner a pixel becomes a key.
+            alike: series (B, D, C, H, W), standardised values on the dates compared, no missing ones; and (B, D) the
+                weight of each date, from ``date_weights``; 0 = not compared.
+            known: what is carried.
             asked: (B, 1, H, W) 1 = an answer is wanted; elsewhere it is 0 and all is left.
             keys: most clear pixels that speak.
+            learned_at: a gradient comes back from so many pixels of each target only, drawn at random (the answer is
+                the same); None = from all.
 
         Returns:
-            Correction (B, C, H, W) in the unit of ``residual``, and the variance left (B, 1, H, W): 1 where nothing
+            Correction (B, C, H, W) in the unit of the residual, and the variance left (B, 1, H, W): 1 where nothing
             is known, near 0 where alike clear pixels lie beside.
         """
-        with torch.autocast(series.device.type, enabled=False):  # a factorisation needs all of float32
-            return self._carried(series, weights, residual, usable, nearness, asked, keys)
+        h, w = asked.shape[-2:]
+        with torch.autocast(asked.device.type, enabled=False):  # a factorisation needs all of float32
+            points = self._points(*alike)
+            solved = self._solved(points, known, min(keys, h * w))
+            wanted = asked.flatten(1)
+            # only what is asked for, padded to the sample that asks for most
+            most = max(int(wanted.sum(dim=1).max()), 1)
+            at = torch.argsort(wanted, dim=1, descending=True, stable=True)[:, :most]
+            if learned_at is None or most <= learned_at:
+                correction, said = solved.at(_take(points, at))
+            else:
+                with torch.no_grad():
+                    correction, said = solved.at(_take(points, at))
+                some = torch.randperm(most, device=at.device)[:learned_at]
+                again = solved.at(_take(points, at[:, some]))
+                correction, said = (
+                    whole.index_copy(1, some, part) for whole, part in zip((correction, said), again, strict=True)
+                )
+            real = torch.gather(wanted, 1, at)[..., None]
+            left = 1.0 - _put((said / (1.0 + self.log_noise.exp())).clamp(0.0, 1.0) * real, at, h, w)
+            return _put(correction * real, at, h, w), left
 
-    def _carried(
-        self,
-        series: Tensor,
-        weights: Tensor,
-        residual: Tensor,
-        usable: Tensor,
-        nearness: Tensor,
-        asked: Tensor,
-        keys: int,
-    ) -> tuple[Tensor, Tensor]:
-        """``forward`` in full precision."""
-        b, _, _, h, w = series.shape
-        features = self._features(series, weights)  # (B, N, F)
-        at, there = _nearest(usable.flatten(1), nearness.flatten(1), min(keys, h * w))
-        key_features = _take(features, at)
-        place = _places(h, w, series.device)[None].expand(b, -1, -1)
-        key_place = _take(place, at)
-        both = there[:, :, None] * there[:, None]
-        kernel = self._kernel(key_place, key_features, key_place, key_features) * both
-        noise = self.log_noise.exp() + (1.0 - there)  # a place without a pixel stays regular and says nothing
-        matrix = kernel + torch.diag_embed(noise)
-        values = _take(residual.flatten(2).transpose(1, 2), at) * there[..., None]  # (B, M, C)
-        factor = torch.linalg.cholesky(matrix)
-        solved = torch.cholesky_solve(values, factor)
-        # only what is asked for, padded to the sample that asks for most
-        most = max(int(asked.flatten(1).sum(dim=1).max()), 1)
-        wanted = torch.argsort(asked.flatten(1), dim=1, descending=True, stable=True)[:, :most]
-        real = torch.gather(asked.flatten(1), 1, wanted)[..., None]
-        across = self._kernel(_take(place, wanted), _take(features, wanted), key_place, key_features) * there[:, None]
-        # a cheap upper bound of the posterior variance: what the most alike key alone explains
-        alike = across.amax(dim=2, keepdim=True) ** 2 / (1.0 + self.log_noise.exp())
-        correction = _put((across @ solved) * real, wanted, h, w)
-        left = 1.0 - _put(alike.clamp(0.0, 1.0) * real, wanted, h, w)
-        return correction, left
+    def _solved(self, points: Tensor, known: Residual, most: int) -> "_Solved":
+        """The linear system of the clear pixels that come first, solved once for all that is asked."""
+        at, there = _nearest(known.usable.flatten(1), known.nearness.flatten(1), most)
+        keys = _take(points, at)
+        kernel = self._kernel(keys, keys) * (there[:, :, None] * there[:, None])
+        noise = torch.exp(self.log_noise + torch.gather(known.doubt.flatten(1), 1, at))
+        # a place without a pixel stays regular and says nothing
+        factor = torch.linalg.cholesky(kernel + torch.diag_embed(noise + (1.0 - there)))
+        values = _take(known.values.flatten(2).transpose(1, 2), at) * there[..., None]  # (B, M, C)
+        return _Solved(self, keys, there, torch.cholesky_solve(values, factor))
+
+    def _points(self, series: Tensor, weights: Tensor) -> Tensor:
+        """(B, N, 2 + F): where a pixel lies (from the middle, pixels), and how it went through the season."""
+        h, w = series.shape[-2:]
+        place = _places(h, w, series.device)
+        place = (place - place.mean(dim=0))[None].expand(len(series), -1, -1)
+        return torch.cat([place, self._features(series, weights)], dim=2)
 
     def _features(self, series: Tensor, weights: Tensor) -> Tensor:
         """(B, N, F): scaled so that the squared distance is a weighted mean over dates and bands."""
@@ -109,14 +140,13 @@ class Kriging(nn.Module):
         )
         return scaled.reshape(b, d * c, h * w).transpose(1, 2)
 
-    def _kernel(self, place_a: Tensor, series_a: Tensor, place_b: Tensor, series_b: Tensor) -> Tensor:
-        far = _squared(place_a, place_b)
-        unlike = _squared(series_a, series_b)
+    def _kernel(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, N, M) between points (B, N, 2 + F) and (B, M, 2 + F)."""
         mixture = self.mixture.softmax(dim=0)
         total: Tensor | None = None
         for k in range(2):
-            squared = far * (-2.0 * self.log_space[k]).exp() + unlike * (-2.0 * self.log_series[k]).exp()
-            part = mixture[k] * torch.exp(-torch.sqrt(squared + 1e-6))
+            lengths = torch.cat([self.log_space[k].expand(2), self.log_series[k].expand(a.shape[-1] - 2)])
+            part = _laplace(_squared(a * (-lengths).exp(), b * (-lengths).exp()), mixture[k])
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -130,7 +160,14 @@ class Kriging(nn.Module):
 def _squared(a: Tensor, b: Tensor) -> Tensor:
     """(B, N, M) squared distances between rows of (B, N, F) and (B, M, F)."""
     inner = torch.baddbmm((a**2).sum(-1)[:, :, None] + (b**2).sum(-1)[:, None], a, b.transpose(1, 2), alpha=-2.0)
-    return inner.clamp_min(0.0)
+    return inner.clamp_min(0.0) if inner.requires_grad else inner.clamp_min_(0.0)
+
+
+def _laplace(squared: Tensor, height: Tensor) -> Tensor:
+    """``height * exp(-distance)``; without a gradient in place, as this is where nearly all time goes."""
+    if squared.requires_grad:
+        return height * torch.exp(-torch.sqrt(squared + 1e-6))
+    return squared.add_(1e-6).sqrt_().neg_().exp_().mul_(height)
 
 
 def _nearest(usable: Tensor, nearness: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ pixels. Polarity everywhere: 1 = good.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -71,8 +71,7 @@ class Gated:
     weights: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Steps:
+class _Steps(NamedTuple):
     """Steps in a row; ``about`` tells an estimate's kind and uncertainty and is None for looks."""
 
     looks_NCHW: Tensor
@@ -102,8 +101,7 @@ class _Sums:
         )
 
 
-@dataclass(frozen=True)
-class _Blend:
+class _Blend(NamedTuple):
     """How sums become the aggregate: each look's share is by_weight * Htime + by_use * usable."""
 
     by_weight_BWHW: Tensor

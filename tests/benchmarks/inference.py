@@ -19,12 +19,12 @@ import torch
 
 from pipeline import models, predict
 from pipeline.errors import WeightsError
-from pipeline.estimates import HALO_PX, estimate
+from pipeline.estimates import HALO_PX, Target, estimate
 from pipeline.models.batch import Batch, Model
 from pipeline.models.weights import load_model
 
 
-def looks(size: int, dates: int, bands: int, cloud: float, seed: int = 0) -> dict[str, Any]:
+def looks(size: int, dates: int, bands: int, cloud: float, seed: int = 0) -> Target:
     """A block as ``complete`` wants it: patchy ground, square clouds on about ``cloud`` of each date."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(1200, 4500, (bands, size // 16 + 1, size // 16 + 1))
@@ -37,10 +37,7 @@ def looks(size: int, dates: int, bands: int, cloud: float, seed: int = 0) -> dic
         blobs = rng.random((size // 48 + 1, size // 48 + 1)) >= cloud
         clear[t] = blobs.repeat(48, axis=0).repeat(48, axis=1)[:size, :size]
     anchor = dates // 2
-    return {"codes": codes, "clear": clear, "days": days, "target": int(days[anchor]), "anchor": anchor} | {
-        "row0": 0,
-        "col0": 0,
-    }
+    return Target(codes, clear, days, int(days[anchor]), anchor, row0=0, col0=0)
 
 
 def network(weights: str) -> Model:
@@ -75,10 +72,10 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def beside_the_model(model: Model, block: dict[str, Any], repeats: int) -> dict[str, float]:
+def beside_the_model(model: Model, block: Target, repeats: int) -> dict[str, float]:
     """Ratios to the bare forward pass, alternating, medians."""
     recorder = Recorder(model)
-    predict.complete(model=recorder, **block)
+    predict.complete(block, model=recorder)
 
     def bare() -> None:
         with torch.inference_mode(), predict.one_thread():
@@ -88,8 +85,8 @@ def beside_the_model(model: Model, block: dict[str, Any], repeats: int) -> dict[
     times: dict[str, list[float]] = {"bare": [], "complete": [], "estimates": []}
     for _ in range(repeats):
         times["bare"].append(seconds(bare))
-        times["complete"].append(seconds(lambda: predict.complete(model=model, **block)))
-        times["estimates"].append(seconds(lambda: estimate(**block)))
+        times["complete"].append(seconds(lambda: predict.complete(block, model=model)))
+        times["estimates"].append(seconds(lambda: estimate(block)))
     around = [(c - e) / b - 1 for b, c, e in zip(*times.values(), strict=True)]
     return {
         "patches": len(recorder.batches),
@@ -101,19 +98,19 @@ def beside_the_model(model: Model, block: dict[str, Any], repeats: int) -> dict[
     }
 
 
-def _one_process(weights: str, block: dict[str, Any]) -> None:
-    predict.complete(model=network(weights), **block)
+def _one_process(weights: str, block: Target) -> None:
+    predict.complete(block, model=network(weights))
 
 
-def two_processes(weights: str, block: dict[str, Any]) -> float:
+def two_processes(weights: str, block: Target) -> float:
     """Megapixels a second of two processes, a block each, libraries and weights loaded before."""
     context = get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        small = looks(64, 3, block["codes"].shape[1], 0.5)
+        small = looks(64, 3, block.codes.shape[1], 0.5)
         list(pool.map(_one_process, [weights] * 2, [small] * 2))
         begun = time.perf_counter()
         list(pool.map(_one_process, [weights] * 2, [block] * 2))
-        return 2 * block["codes"][0, 0].size / 1e6 / (time.perf_counter() - begun)
+        return 2 * block.codes[0, 0].size / 1e6 / (time.perf_counter() - begun)
 
 
 def on_gpu(model: Model) -> dict[str, float]:
@@ -123,10 +120,10 @@ def on_gpu(model: Model) -> dict[str, float]:
     block = looks(1000 + 2 * halo, 20, bands, 0.35)
     core = slice(halo, halo + 1000), slice(halo, halo + 1000)
     model = model.to("cuda")
-    predict.complete(model=model, core=core, **block)
-    fp32 = predict.complete(model=model, core=core, **block).codes.astype(int)
-    bf16 = predict.complete(model=model, core=core, precision="bf16", **block).codes.astype(int)
-    took = seconds(lambda: [predict.complete(model=model, core=core, **block) for _ in range(25)])
+    predict.complete(block, model=model, core=core)
+    fp32 = predict.complete(block, model=model, core=core).codes.astype(int)
+    bf16 = predict.complete(block, model=model, core=core, precision="bf16").codes.astype(int)
+    took = seconds(lambda: [predict.complete(block, model=model, core=core) for _ in range(25)])
     return {
         "scene_5000_px_20_dates_s": took,
         "bands": bands,
