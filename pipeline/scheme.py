@@ -23,9 +23,9 @@ from pipeline.models.discriminator import BETAS, Discriminator, discriminator_lo
 from pipeline.models.losses import Loss, LossConfig
 from pipeline.patches import Lesson
 
-FEW: Final = 2
+FEW: Final = 1
 QUICK: Final = 10.0
-"""Parameters of so few numbers (gamma, lengths of a kernel) move so many times as fast, and do not decay: what opens a
+"""Parameters of so few numbers (gamma, the gate's opening) move so many times as fast, and do not decay: what opens a
 branch from 0 would hold all behind it back."""
 
 

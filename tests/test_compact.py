@@ -186,7 +186,7 @@ def test_the_middle_look_is_levelled_and_not_moved_by_one_cloud():
     assert torch.isfinite(spread).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"doubt": True, "middle": True}])
+@pytest.mark.parametrize("options", [{}, {"doubt": True, "middle": True, "local": True}])
 def test_every_part_learns(options):
     model = trained(**options).train()
     given = batch(size=(16, 16))

@@ -48,6 +48,7 @@ class CompactConfig(ModelConfig):
     doubt: bool = Field(False, description="clear pixels that look like missed cloud or shadow say less")
     middle: bool = Field(False, description="the middle of the looks, levelled to the target, among the estimates")
     gate: bool = Field(True, description="choose among the estimates; else X is the kriging or the prior")
+    local: bool = Field(False, description="the gate opens pixel by pixel, not everywhere alike")
     fusion: bool = Field(True, description="the residual U-Net")
     width: int = Field(16, ge=4, description="channels of the U-Net at full resolution")
     abstract: int = Field(8, ge=0, description="channels of the abstract features (maximum over members); 0 = none")
@@ -66,7 +67,8 @@ class Compact(Model):
         self.kriging = Kriging(dates=config.dates) if config.kriging else None
         self.doubt = Doubt() if config.doubt else None
         channels = 2 * (len(self.members) - 1) + len(CONTEXT) + 5 + config.middle
-        self.gate = Gate(channels, len(self.members), abstract=config.abstract) if config.gate else None
+        members = len(self.members)
+        self.gate = Gate(channels, members, abstract=config.abstract, local=config.local) if config.gate else None
         inner = channels + 1 + (config.abstract if config.gate else 0)
         self.fusion = UNet(inner, 2, width=config.width) if config.fusion or config.sigma else None
         self.gamma = nn.Parameter(torch.zeros(()))
@@ -169,10 +171,11 @@ class Gate(nn.Module):
     """Shares of the estimates: a weight for each from its deviation and the facts, normalised to one.
 
     ``X = start + alpha * (sum of shares times members - start)``, where the start is the last member, ``alpha = 0`` at
-    first: an untrained gate answers with the start. The members share all weights but one vector each.
+    first: an untrained gate answers with the start. With ``local`` alpha is a number times a share of each pixel: where
+    nothing speaks against the start it can stay. The members share all weights but one vector each.
     """
 
-    def __init__(self, facts: int, members: int, *, abstract: int, hidden: int = 16) -> None:
+    def __init__(self, facts: int, members: int, *, abstract: int, local: bool, hidden: int = 16) -> None:
         super().__init__()
         self.common = nn.Sequential(nn.Conv2d(facts, hidden, 3, padding=1), nn.Mish(), nn.Conv2d(hidden, hidden, 1))
         self.own = nn.Conv2d(2, hidden, 1)
@@ -180,11 +183,13 @@ class Gate(nn.Module):
         self.weigh = nn.Conv2d(hidden, 1, 1)
         self.alpha = nn.Parameter(torch.zeros(()))
         self.abstract = nn.Conv2d(hidden, abstract, 1) if abstract else None
+        self.opens = nn.Sequential(nn.Mish(), nn.Conv2d(hidden, 1, 1), nn.Sigmoid()) if local else None
 
     def forward(self, z: Tensor, facts: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """X (N, 1, H, W) in sigmas from the prior, abstract features (N, A, H, W), shares (N, M, H, W)."""
         n, m, h, w = z.shape
-        common = self.common(facts)[:, None]
+        seen = self.common(facts)
+        common = seen[:, None]
         own = self.own(torch.stack([z, z.abs()], dim=2).flatten(0, 1)).view(n, m, -1, h, w)
         hidden = functional.mish(common + own + self.kind[None, :, :, None, None]).flatten(0, 1)
         shares = self.weigh(hidden).view(n, m, h, w).softmax(dim=1)
@@ -192,7 +197,8 @@ class Gate(nn.Module):
         if self.abstract is not None:
             features = self.abstract(hidden).view(n, m, -1, h, w).amax(dim=1)
         start = z[:, -1:]
-        return start + self.alpha * ((shares * z).sum(dim=1, keepdim=True) - start), features, shares
+        alpha = self.alpha if self.opens is None else self.alpha * self.opens(seen)
+        return start + alpha * ((shares * z).sum(dim=1, keepdim=True) - start), features, shares
 
 
 class UNet(nn.Module):
