@@ -164,7 +164,7 @@ def complete(method: Method, target: Target, **more: Any) -> "Completion":
     )
 
 
-def look_shares(method: Method, *, pixel: tuple[int, int], **looks: Any) -> NDArray[np.float64] | None:
+def look_shares(method: Method, target: Target, *, pixel: tuple[int, int], **more: Any) -> NDArray[np.float64] | None:
     """``shares.at_pixel`` with the method's model, on the CPU.
 
     Raises:
@@ -174,11 +174,12 @@ def look_shares(method: Method, *, pixel: tuple[int, int], **looks: Any) -> NDAr
 
     options = _ready(method)
     return shares.at_pixel(
+        target,
         model=_read(options.weights, options.weights_sha256),
         pixel=pixel,
         precision="bf16" if options.precision == "bf16" else "fp32",
         channels=options.channels,
-        **looks,
+        **more,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.bands import to_reflectance
+from pipeline.estimates import Target
 from pipeline.models.batch import Batch, Completed, Model
 from pipeline.predict import complete, lattice_of
 
@@ -35,58 +36,30 @@ class _Listener(Model):
 
 
 def at_pixel(
-    *,
-    model: Model,
-    codes: NDArray[np.uint16],
-    clear: NDArray[np.bool_],
-    days: NDArray[np.int32],
-    target: int,
-    anchor: int | None,
-    row0: int,
-    col0: int,
-    pixel: tuple[int, int],
-    channels: tuple[int, ...] = (),
-    **more: Any,
+    target: Target, *, model: Model, pixel: tuple[int, int], channels: tuple[int, ...] = (), **more: Any
 ) -> NDArray[np.float64] | None:
     """(T,) share of each look in the model's aggregate at one pixel, the mean over bands.
 
     Args:
+        target: what is asked for, with ``halo_px`` of its looks around the pixel.
         model: in evaluation mode, on the CPU.
-        codes: as ``predict.complete`` takes it, with ``halo_px`` around the pixel; so are the others.
-        clear: likewise.
-        days: likewise.
-        target: likewise.
-        anchor: likewise.
-        row0: likewise.
-        col0: likewise.
         pixel: (row, col) in the arrays.
-        channels: likewise.
-        more: what else ``predict.complete`` takes (bits, precision).
+        channels: as ``predict.complete`` takes them.
+        more: what else it takes (bits, precision).
 
     Returns:
         The shares; they add up to less than one where the model also listens to estimates. None where the model gives
         no weights; zeros where no look is clear.
     """
-    lattice, (row, col) = lattice_of(model), (row0 + pixel[0], col0 + pixel[1])
+    days, codes = target.days, target.codes
+    lattice, (row, col) = lattice_of(model), (target.row0 + pixel[0], target.col0 + pixel[1])
     patches = [(row - y, col - x) for y, x in product(lattice.starts(row, row + 1), lattice.starts(col, col + 1))]
     listener = _Listener(model, patches).eval()
     core = (slice(pixel[0], pixel[0] + 1), slice(pixel[1], pixel[1] + 1))
-    complete(
-        codes=codes,
-        clear=clear,
-        days=days,
-        target=target,
-        anchor=anchor,
-        row0=row0,
-        col0=col0,
-        core=core,
-        model=listener,
-        channels=channels,
-        **more,
-    )
+    complete(target, core=core, model=listener, channels=channels, **more)
     out = np.zeros(len(days))
     here = to_reflectance(codes[:, :, pixel[0], pixel[1]])[:, list(channels) or slice(None)]
-    shown = target if anchor is None else int(days[anchor])
+    shown = target.day if target.anchor is None else int(days[target.anchor])
     for (inner_row, inner_col), heard in zip(patches, listener.heard, strict=False):  # none where nothing is wanted
         if heard is None:
             return None

@@ -18,6 +18,7 @@ from pipeline.block import compose_block
 from pipeline.composite import complete_looks
 from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError, RunError
+from pipeline.estimates import Target
 from pipeline.frozen import from_frozen
 from pipeline.grid import Grid
 from pipeline.items import day_text
@@ -266,18 +267,9 @@ def _gated(recipe: Recipe, seen: Looks) -> NDArray[np.float64] | None:
         if layer != INTERPOLATE and clear[layer, halo, halo]:
             out[layer] += weight / total  # passed through as it is
             continue
-        part = learned.look_shares(
-            recipe.method,
-            pixel=(halo, halo),
-            codes=seen.codes,
-            clear=seen.clear,
-            days=recipe.days,
-            target=recipe.target,
-            anchor=None if layer == INTERPOLATE else layer,
-            row0=seen.fine.row0,
-            col0=seen.fine.col0,
-            bits=seen.hidden_by,
-        )
+        anchor = None if layer == INTERPOLATE else layer
+        asked = Target(seen.codes, seen.clear, recipe.days, recipe.target, anchor, seen.fine.row0, seen.fine.col0)
+        part = learned.look_shares(recipe.method, asked, pixel=(halo, halo), bits=seen.hidden_by)
         if part is None:
             return None
         out += part * weight / total

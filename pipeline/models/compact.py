@@ -85,7 +85,6 @@ class Compact(Model):
         x, abstract, shares = z[:, -1:], None, None  # the kriging; without it, the prior
         if self.gate is not None:
             x, abstract, shares = self.gate(z, facts)
-            shares = self.gate.alpha * shares  # so much of a member is in X
         image, sigma = x, None
         if self.fusion is not None:
             out = self.fusion(torch.cat([facts, x, *([] if abstract is None else [abstract])], dim=1))
@@ -186,7 +185,7 @@ class Gate(nn.Module):
         self.opens = nn.Sequential(nn.Mish(), nn.Conv2d(hidden, 1, 1), nn.Sigmoid()) if local else None
 
     def forward(self, z: Tensor, facts: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """X (N, 1, H, W) in sigmas from the prior, abstract features (N, A, H, W), shares (N, M, H, W)."""
+        """X (N, 1, H, W) in sigmas from the prior, abstract features (N, A, H, W), shares in X (N, M, H, W)."""
         n, m, h, w = z.shape
         seen = self.common(facts)
         common = seen[:, None]
@@ -198,7 +197,7 @@ class Gate(nn.Module):
             features = self.abstract(hidden).view(n, m, -1, h, w).amax(dim=1)
         start = z[:, -1:]
         alpha = self.alpha if self.opens is None else self.alpha * self.opens(seen)
-        return start + alpha * ((shares * z).sum(dim=1, keepdim=True) - start), features, shares
+        return start + alpha * ((shares * z).sum(dim=1, keepdim=True) - start), features, alpha * shares
 
 
 class UNet(nn.Module):
