@@ -11,8 +11,10 @@ from pipeline.errors import ConfigError
 
 
 def preview(
-    store: Annotated[Path, typer.Argument(help="Zarr store of a finished mosaic.")],
-    out: Annotated[Path | None, typer.Option(help="PNG to write; default: beside the store.")] = None,
+    store: Annotated[str, typer.Argument(help="Zarr store of a finished mosaic.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write; default: beside the store, of one in a bucket here.")
+    ] = None,
     period: Annotated[str, typer.Option(help="Finished period: its number from 0 (-1 is the last) or a day.")] = "-1",
     animate: Annotated[bool, typer.Option("--animate", help="All periods one after the other (animated PNG).")] = False,
     sheet: Annotated[bool, typer.Option("--sheet", help="All periods side by side.")] = False,
@@ -23,12 +25,15 @@ def preview(
     Example: [bold]cloudgate preview out/graz.zarr --out graz.png[/bold]
     """
     with kind(debug):
+        from pipeline.describe import beside
         from pipeline.preview import preview as draw
         from pipeline.preview import series
 
         if animate and sheet:
             raise ConfigError("preview: --animate and --sheet exclude each other; take one")
-        target = out or store.with_suffix(".series.png" if animate or sheet else ".preview.png")
+        target = out or Path(beside(store, ".series.png" if animate or sheet else ".preview.png"))
+        if "://" in store and out is None:
+            target = Path(target.name)
         if animate or sheet:
             print(series(store=store, out=target, sheet=sheet))
         else:

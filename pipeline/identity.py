@@ -92,7 +92,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names[:3])
 
 
-def _check_series(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+def _check_series(old: dict[str, Any], new: dict[str, Any], path: str) -> None:
     if old == new:
         return
     if new["start"] != old["start"]:
@@ -108,7 +108,7 @@ def _check_series(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     )
 
 
-def check_store(job: Job, path: Path, run: RunFolder, *, restart: bool, series: bool = False) -> None:
+def check_store(job: Job, path: str, run: RunFolder, *, restart: bool, series: bool = False) -> None:
     """Refuse a store of another request; forget ours with ``restart``, or where no pixel was ever made.
 
     ``series`` says that a schedule writes it, period by period.

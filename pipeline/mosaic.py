@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pipeline import store as stores
+from pipeline.block import has_uncertainty
 from pipeline.calibration import estimate
 from pipeline.cluster import connect, environment_of, logs_of, versions, within
 from pipeline.config import Cluster, Job, Limits
@@ -31,6 +31,7 @@ from pipeline.identity import check_store, wish_of
 from pipeline.items import Acquisition, day_text
 from pipeline.jobfile import job_from_dict, job_json
 from pipeline.journal import recording
+from pipeline.locations import store_at
 from pipeline.lock import hold
 from pipeline.periods import Period, first_periods, periods
 from pipeline.planning import Plan, plan_tasks
@@ -116,10 +117,15 @@ def build(
     began = time.perf_counter()
     if not job.output.store:
         raise ConfigError("output.store: this field is required; write output: {store: out/NAME.zarr} or give --out")
-    path = Path(job.output.store)
+    path = store_at(job.output.store).where
     run = RunFolder(path)
     check_job(job)
-    summary = Summary(str(path))
+    if job.output.cog and "://" in path:
+        raise ConfigError(
+            f"output.cog: GeoTIFFs are written to a folder on disk, not beside {path}; leave it out and run `cloudgate "
+            f"export {path} --cog FOLDER` afterwards"
+        )
+    summary = Summary(path)
     with hold(run, wait_s=wait_s) as lock:
         seen: dict[int, Scouted] = {}
         if restart:  # everything that can fail before anything is removed
@@ -131,7 +137,7 @@ def build(
             wanted = list(request.schedule)
         else:
             request, wanted = _series_request(job, path, run, request, slots)
-        with recording(progress, run.objects, str(path)) as progress, ExitStack() as stack:
+        with recording(progress, run.objects, path) as progress, ExitStack() as stack:
             connected = _connector(job.cluster, job.limits, client, stack, progress)
             context = RunContext(path, run, connected, progress, lock.check, _orders(job.cluster, job.limits, run))
             if job.output.overviews and stores.read_attrs(path):
@@ -159,13 +165,12 @@ def complete_overviews(*, store: str, workers: int = 2, progress: Progress | Non
     Raises:
         StoreMismatchError: without a finished mosaic. StoreError: if the store cannot be written.
     """
-    path = Path(store)
-    stores.finished(path)
-    run, progress = RunFolder(path), progress or Silent()
+    stores.finished(store)
+    run, progress = RunFolder(store), progress or Silent()
     limits = job_from_dict(record["job"]).limits if (record := run.read("request.json")) else Limits()
     with hold(run) as lock, ExitStack() as stack:
         connected = _connector(cluster := Cluster(workers=workers), limits, None, stack, progress)
-        return add_overviews(RunContext(path, run, connected, progress, lock.check, _orders(cluster, limits, run)))
+        return add_overviews(RunContext(store, run, connected, progress, lock.check, _orders(cluster, limits, run)))
 
 
 def _connector(
@@ -207,7 +212,7 @@ def _request(job: Job, run: RunFolder, progress: Progress, request: Request | No
 
 
 def _series_request(
-    job: Job, path: Path, run: RunFolder, request: Request | None, slots: Sequence[int]
+    job: Job, path: str, run: RunFolder, request: Request | None, slots: Sequence[int]
 ) -> tuple[Request, list[Period]]:
     """The periods of a series to write; the grid is the one of the first run."""
     if job.time.every is None:
@@ -227,12 +232,12 @@ def _series_request(
     return replace(request, job=job, grid=grid, schedule=schedule), [schedule[slot] for slot in slots]
 
 
-def _slots_of(path: Path) -> list[int]:
+def _slots_of(path: str) -> list[int]:
     attrs = stores.read_attrs(path)
     return [int(slot) for slot in attrs["cloudgate"]["periods"]] if attrs else []
 
 
-def _begin_slot(request: Request, period: Period, path: Path, run: RunFolder, *, anew: bool) -> None:
+def _begin_slot(request: Request, period: Period, path: str, run: RunFolder, *, anew: bool) -> None:
     """Freeze a period's scenes; what an earlier run made of other scenes is taken back first."""
     name = run.period(period.slot)
     items = [item for a in acquisitions_of(request, period) for item in a.items]
@@ -276,6 +281,8 @@ def _build_period(request: Request, period: Period, context: RunContext, seen: S
     recipe = recipe_of(request, period, acquisitions, seen)
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
+    if tasks:
+        stores.begin(context.path, {0: request.grid}, (job.bands, has_uncertainty(job.method)), period.slot)
     try:
         run_tasks(recipe, tasks, period.slot, context)
     except RunError:

@@ -8,6 +8,7 @@ Run records, the lock and the ledger of a store live in such a folder, ``<store>
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,9 +53,24 @@ class Objects(Protocol):
         """Remove all whose names begin with ``prefix``, part files too."""
 
 
+def in_bucket(where: str) -> bool:
+    """Whether a place lies in a bucket, not on disk.
+
+    Raises:
+        ConfigError: for another kind of URL.
+    """
+    scheme, separator, _ = where.partition("://")
+    if separator and scheme != "s3":
+        raise ConfigError(
+            f"output.store: {scheme}:// is no kind of store; write a path, s3://BUCKET/NAME.zarr, icechunk:PATH or "
+            "icechunk:s3://BUCKET/NAME"
+        )
+    return bool(separator)
+
+
 def objects_at(where: str) -> Objects:
     """The folder of objects at a path or at ``s3://bucket/prefix``."""
-    return BucketObjects(where) if where.startswith("s3://") else FileObjects(Path(where))
+    return BucketObjects(where) if in_bucket(where) else FileObjects(Path(where))
 
 
 class FileObjects:
@@ -148,7 +164,11 @@ class BucketObjects:
 
         try:
             answer = self._store.put(name, data, mode="create" if tag is None else {"e_tag": tag})
-        except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+        except (AlreadyExistsError, PreconditionError):
+            return None
+        except FileNotFoundError as error:
+            if tag is None:  # a new object is refused so only where there is no bucket
+                raise store_error(f"write {self.where}/{name}", error) from error
             return None
         except store_faults() as error:
             raise store_error(f"write {self.where}/{name}", error) from error
@@ -174,8 +194,12 @@ class BucketObjects:
 
     def clear(self, prefix: str) -> None:
         """See ``Objects``."""
-        for name in self.names(prefix):
-            self.remove(name)
+        if not (names := self.names(prefix)):
+            return
+        try:
+            self._store.delete(names)  # by the thousand
+        except store_faults() as error:
+            raise store_error(f"remove {self.where}/{prefix}", error) from error
 
 
 def _tag(data: bytes) -> str:
@@ -223,23 +247,19 @@ def s3_store(url: str) -> Any:
         from obstore.store import S3Store
     except ImportError as error:
         raise need("s3", error) from error
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    if not bucket or not prefix.strip("/"):
-        raise ConfigError(f"output.store: {url} needs a bucket and a name: s3://BUCKET/NAME.zarr")
+    bucket, prefix = split_s3(url)
     endpoint, region = s3_place()
-    unsigned = os.environ.get("AWS_NO_SIGN_REQUEST", "").upper() in ("YES", "TRUE", "1")
+    unsigned = s3_unsigned()
     provider = None
     if not unsigned:
         try:
             provider = Boto3CredentialProvider(botocore.session.get_session())
         except ValueError as error:
-            raise StoreError(
-                f"{url}: no credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            ) from error
+            raise _no_credentials(url) from error
     more: dict[str, Any] = {"endpoint": endpoint} if endpoint else {"virtual_hosted_style_request": True}
     return S3Store(
         bucket,
-        prefix=prefix.strip("/"),
+        prefix=prefix,
         region=region,
         skip_signature=unsigned,
         credential_provider=provider,
@@ -249,10 +269,55 @@ def s3_store(url: str) -> Any:
     )
 
 
+def split_s3(url: str) -> tuple[str, str]:
+    """(bucket, prefix) of ``s3://bucket/prefix``.
+
+    Raises:
+        ConfigError: without either, or where the bucket's name holds more than a name (it is not repeated: such a URL
+            may hold a password).
+    """
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    if re.search(r"[^\w.-]", bucket):
+        raise ConfigError("output.store: the name of the bucket holds other signs than letters, digits, . _ and -")
+    if not bucket or not prefix.strip("/"):
+        raise ConfigError(f"output.store: {url} needs a bucket and a name: s3://BUCKET/NAME.zarr")
+    return bucket, prefix.strip("/")
+
+
+def s3_unsigned() -> bool:
+    """Whether requests are not to be signed."""
+    return os.environ.get("AWS_NO_SIGN_REQUEST", "").upper() in ("YES", "TRUE", "1")
+
+
+def s3_keys() -> tuple[str, str, str | None]:
+    """This process's (access key, secret, session token) as they are now.
+
+    Raises:
+        ConfigError: extra ``s3`` is not installed. StoreError: no credentials are found.
+    """
+    try:
+        import botocore.session
+    except ImportError as error:
+        raise need("s3", error) from error
+    found = botocore.session.get_session().get_credentials()
+    if found is None:
+        raise _no_credentials("s3")
+    keys = found.get_frozen_credentials()
+    return keys.access_key, keys.secret_key, keys.token
+
+
+def _no_credentials(where: str) -> StoreError:
+    return StoreError(
+        f"{where}: no credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    )
+
+
 def s3_place() -> tuple[str | None, str]:
     """(endpoint, None for Amazon's own; region) from the environment or the profile."""
-    import botocore.session
-
+    try:
+        import botocore.session
+    except ImportError as error:
+        raise need("s3", error) from error
     session = botocore.session.get_session()
     try:
         profile = session.get_scoped_config()
@@ -276,6 +341,19 @@ def store_faults() -> tuple[type[BaseException], ...]:
 
         faults.append(IcechunkError)
     return tuple(faults)
+
+
+@contextmanager
+def telling(doing: str) -> Iterator[None]:
+    """Any fault of a store within the block as one clear sentence.
+
+    Raises:
+        StoreError: see ``store_error``.
+    """
+    try:
+        yield
+    except store_faults() as error:
+        raise store_error(doing, error) from error
 
 
 def store_error(doing: str, error: BaseException) -> StoreError:

@@ -28,7 +28,8 @@ def coarsen_shard(
     slot: int,
     level: int,
     shard: tuple[int, int],
-) -> tuple[int, int]:
+    unit: str | None = None,
+) -> Any:
     """Write one shard of a level of one period from up to 2 x 2 shards of the level below; called on a worker.
 
     Args:
@@ -39,9 +40,10 @@ def coarsen_shard(
         slot: index on ``time``.
         level: to write, 1 or more.
         shard: (row, col) among the shards of ``level``.
+        unit: of work that the shard is part of; default: the period.
 
     Returns:
-        ``shard``, for the mark.
+        What ``store.keep`` must be given before the mark.
 
     Raises:
         StoreError: if the store cannot be written.
@@ -49,10 +51,13 @@ def coarsen_shard(
     below, here = grid.levels(level)[-2:]
     rows, cols = _window(shard[0], here.height, here.shard_px), _window(shard[1], here.width, here.shard_px)
     source = [(2 * a, min(2 * b, size)) for (a, b), size in zip((rows, cols), below.shape, strict=True)]
-    for name, spec in layer_specs(bands, uncertainty=uncertainty).items():
-        values = read_region(path, below, slot, source[0], source[1], name, group=str(level - 1))
-        write_region(path, here, slot, rows, cols, {name: coarsen(values, name, spec)}, group=str(level))
-    return shard
+
+    def coarse() -> Iterator[tuple[str, NDArray[Any]]]:
+        for name, spec in layer_specs(bands, uncertainty=uncertainty).items():
+            values = read_region(path, below, slot, source[0], source[1], name, group=str(level - 1), unit=unit)
+            yield name, coarsen(values, name, spec)
+
+    return write_region(path, here, slot, rows, cols, coarse(), group=str(level), unit=unit)
 
 
 def _window(index: int, size: int, shard_px: int) -> tuple[int, int]:

@@ -68,24 +68,32 @@ def publish_period(request: Request, period: Period, seen: Scouted, context: Run
             "result_version": RESULT_VERSION,
         },
     }
-    _write_metadata(request, about, path, levels)
+    scenes = f"{len(items)} scenes ({about['periods'][str(period.slot)]['items_digest'][:8]})"
+    message = f"{day_text(period.start)} to {day_text(period.end)}: {job.method.name} of {scenes}"
+    _write_metadata(request, about, path, levels, unit=stores.unit_of(period.slot), message=message)
     if job.output.cog:
         context.progress.say("writing Cloud-Optimized GeoTIFFs")
         export_cogs(store=path, out=beside(path, ".cog"), slots=[period.slot])
     _describe(request, period.slot, items, path)
 
 
-def lower_period(request: Request, slot: int, path: Path) -> None:
-    """Hide a published period from readers; the others stay as they are."""
+def lower_period(request: Request, slot: int, path: str | Path) -> None:
+    """Hide a published period from readers until it is written again; the others stay as they are.
+
+    A store that replaces a period in one step goes on showing the old one.
+    """
+    stores.discard(path, slot)
     old = stores.read_attrs(path)
-    if old and str(slot) in old["cloudgate"]["periods"]:
+    if old and not stores.replaces(path) and str(slot) in old["cloudgate"]["periods"]:
         about = dict(old["cloudgate"])
         about["periods"] = {**about["periods"], str(slot): {**about["periods"][str(slot)], "published": False}}
         _write_metadata(request, about, path, stores.levels(path))
         _describe(request, slot, [], path)
 
 
-def _write_metadata(request: Request, about: dict[str, Any], path: Path, levels: int) -> None:
+def _write_metadata(
+    request: Request, about: dict[str, Any], path: str | Path, levels: int, *, unit: str = "", message: str = "metadata"
+) -> None:
     """Shapes, coordinates, ``published`` and attributes of a store whose periods are those of ``about``."""
     job = request.job
     by_slot = sorted(about["periods"].items(), key=lambda entry: int(entry[0]))  # whatever the order of writing
@@ -100,10 +108,12 @@ def _write_metadata(request: Request, about: dict[str, Any], path: Path, levels:
         published=[about["periods"].get(str(p.slot), {"published": False}).get("published", True) for p in schedule],
         attrs={"title": job.name, "source": "Copernicus Sentinel-2", "cloudgate": about},
         levels=levels,
+        unit=unit,
+        message=message,
     )
 
 
-def _describe(request: Request, slot: int, items: Sequence[Item], path: Path) -> None:
+def _describe(request: Request, slot: int, items: Sequence[Item], path: str | Path) -> None:
     attrs, job = stores.finished(path), request.job
     uncertainty = has_uncertainty(job.method)
     cogs = exported(attrs, slot, beside(path, ".cog"), uncertainty=uncertainty) if job.output.cog else {}

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import store
 from pipeline.flight import Flight, Orders, on_duty
 from pipeline.grid import Grid
+from pipeline.locations import store_at
 from pipeline.overviews import coarsen_shard, level_shards
 from pipeline.recipe import Recipe
 from pipeline.records import RunFolder
@@ -33,7 +34,7 @@ class RunContext:
         orders: see ``Orders``.
     """
 
-    path: Path
+    path: str | Path
     records: RunFolder
     connect: Callable[[], Any]
     progress: Progress = field(default_factory=Silent)
@@ -43,11 +44,13 @@ class RunContext:
     @property
     def where(self) -> str:
         """The store as workers find it, who may stand in another folder."""
-        return str(self.path) if ":" in str(self.path) else str(Path(self.path).absolute())
+        return store_at(self.path).absolute()
 
 
 def run_tasks(recipe: Recipe, tasks: Sequence[Task], slot: int, context: RunContext) -> None:
     """Submit with bounded concurrency; mark each shard as its task comes back, while the guard does not raise.
+
+    The store must have been made ready (``store.begin``).
 
     Raises:
         RunError: when workers or scheduler are gone, or a task hangs; what a task itself raises comes as it is.
@@ -70,6 +73,7 @@ def run_tasks(recipe: Recipe, tasks: Sequence[Task], slot: int, context: RunCont
 
     for report in Flight(client, tasks, submit, lambda task: _name(task, slot), context.orders, [shared]):
         context.guard()
+        store.keep(context.path, slot, report.changes)
         facts = _facts(report)
         for number, shard in enumerate(report.task.shards):
             context.records.mark(slot, shard, facts if number == 0 else {})
@@ -93,14 +97,21 @@ def work(recipe: Recipe, task: Task, path: str, slot: int, orders: Orders) -> Re
 
 
 def coarsen(
-    shard: tuple[int, int], level: int, where: tuple[str, Grid, tuple[str, ...], bool], slot: int, orders: Orders
-) -> tuple[int, int]:
-    """Write one shard of an overview on a worker, within its time."""
+    shard: tuple[int, int],
+    level: int,
+    where: tuple[str, Grid, tuple[str, ...], bool],
+    slot: int,
+    orders: Orders,
+    unit: str,
+) -> tuple[tuple[int, int], Any]:
+    """Write one shard of an overview on a worker, within its time: the shard, and what ``store.keep`` wants."""
     with on_duty(orders):
-        return coarsen_shard(*where, slot, level, shard)
+        return shard, coarsen_shard(*where, slot, level, shard, unit)
 
 
-def run_overviews(grid: Grid, layers: tuple[tuple[str, ...], bool], slot: int, context: RunContext) -> None:
+def run_overviews(
+    grid: Grid, layers: tuple[tuple[str, ...], bool], slot: int, context: RunContext, unit: str | None = None
+) -> None:
     """Write the overviews of one period whose full resolution is written; shards marked before are left out.
 
     Args:
@@ -108,21 +119,26 @@ def run_overviews(grid: Grid, layers: tuple[tuple[str, ...], bool], slot: int, c
         layers: the store's bands, and whether it has uncertainties.
         slot: index on ``time``.
         context: see ``RunContext``.
+        unit: of work that they are part of; default: the period.
     """
+    of = unit or store.unit_of(slot)
     records, orders, where = context.records, context.orders, (context.where, grid, *layers)
     levels = [(level, sorted({*shards} - records.done(slot, level))) for level, shards in level_shards(grid)]
     context.progress.begin("overviews", sum(len(shards) for _, shards in levels))
+    if any(shards for _, shards in levels):
+        store.begin(context.path, dict(enumerate(grid.levels())), layers, slot, of)
     for level, shards in levels:
 
         def submit(shard: tuple[int, int], _key: str, more: dict[str, Any], level: int = level) -> Any:
-            return context.connect().submit(coarsen, shard, level, where, slot, orders, **more)
+            return context.connect().submit(coarsen, shard, level, where, slot, orders, of, **more)
 
         def name(shard: tuple[int, int], level: int = level) -> tuple[str, str]:
             key = f"overview-{slot}-{level}-{shard[0]}-{shard[1]}"
             return key, f"shard {shard} of overview {level}"
 
-        for shard in Flight(context.connect(), shards, submit, name, orders) if shards else ():
+        for shard, changes in Flight(context.connect(), shards, submit, name, orders) if shards else ():
             context.guard()
+            store.keep(context.path, slot, changes, of)
             records.mark(slot, shard, {}, level)
             context.progress.step(1)
 
@@ -144,7 +160,7 @@ def add_overviews(context: RunContext) -> int:
     if store.levels(path) < levels:
         layers = (tuple(attrs["bands"]), store.uncertain(path, attrs["bands"]))
         for slot in sorted(int(slot) for slot, made in about["periods"].items() if made.get("published", True)):
-            run_overviews(grid, layers, slot, context)
+            run_overviews(grid, layers, slot, context, store.OVERVIEWS)
         context.guard()
         store.publish_overviews(path, levels)
     return levels

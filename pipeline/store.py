@@ -1,15 +1,14 @@
-"""The mosaic on disk: in come finished layers by whole shards, out comes a Zarr v3 store that plain xarray opens.
+"""The mosaic in its place: in come finished layers by whole shards, out comes a Zarr v3 store that plain xarray opens.
 
 Layers are written first, into places no reader looks at yet; ``publish`` then writes shapes, ``time`` and
-``published`` with the consolidated metadata last, so a half-written period is never taken for a finished one.
+``published`` with the consolidated metadata last, so a half-written period is never taken for a finished one. Where
+that place is, in a folder, a bucket or a repository, is ``pipeline.locations``' business.
 Arrays lie in group ``0`` as ``(time, y, x)``, overviews in ``1``, ``2``, ...; attributes and conventions stand on the
 root and on the groups.
 """
 
-import shutil
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec
+from zarr.abc.store import Store
 from zarr.core.array import AsyncArray
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -25,23 +24,61 @@ from zarr.storage import StorePath
 
 from pipeline import conventions
 from pipeline.bands import BANDS
-from pipeline.errors import StoreError, StoreMismatchError
+from pipeline.errors import StoreMismatchError
 from pipeline.grid import Grid
 from pipeline.layers import LayerSpec, array_metadata, layer_specs
+from pipeline.locations import store_at
+from pipeline.metadata import Times, put_array, put_levels
+from pipeline.objects import telling
 from pipeline.periods import Period
 
 LAYOUT_VERSION = 1
 GROUP = "0"
-TIME_CHUNK = 512
-"""Slots in one chunk of a coordinate along ``time``: fixed, so that growing never rewrites a chunk's place."""
 
 
-def _array(
-    store: zarr.storage.LocalStore, group: str, name: str, spec: LayerSpec, grid: Grid, slots: int
-) -> zarr.Array[Any]:
-    """The array as it will be, without touching its metadata on disk."""
+def unit_of(slot: int) -> str:
+    """The unit of work that writes a period."""
+    return f"period-{slot:04d}"
+
+
+OVERVIEWS = "overviews"
+"""The unit of work that gives a finished store its overviews."""
+
+
+def _array(store: Store, group: str, name: str, spec: LayerSpec, grid: Grid, slots: int) -> zarr.Array[Any]:
+    """The array as it will be, without touching its metadata where it lies."""
     place = StorePath(store, f"{group}/{name}")
     return zarr.Array(AsyncArray(metadata=array_metadata(spec, grid, slots, overview=group != GROUP), store_path=place))
+
+
+def begin(
+    path: str | Path, grids: Mapping[int, Grid], layers: tuple[Sequence[str], bool], slot: int, unit: str | None = None
+) -> None:
+    """Make the store ready for shards of a period, where it must know of their arrays first.
+
+    Args:
+        path: the store.
+        grids: the levels that will be written.
+        layers: the bands, and whether there are uncertainties.
+        slot: index on ``time``.
+        unit: what the shards are part of; default: the period.
+
+    Raises:
+        StoreError: disk full, no permission, not reachable; as all that follow.
+    """
+    place = store_at(path)
+
+    def prepare(store: Store) -> None:
+        zarr.open_group(store, mode="a", use_consolidated=False)
+        for level, grid in grids.items():
+            zarr.open_group(store, path=str(level), mode="a", use_consolidated=False)
+            for name, spec in layer_specs(layers[0], uncertainty=layers[1]).items():
+                there = sync(store.get(f"{level}/{name}/zarr.json", default_buffer_prototype()))
+                if there is None or json.loads(there.to_bytes())["shape"][0] <= slot:
+                    put_array(store, level, name, spec, grid, slot + 1)
+
+    with telling(f"write {place.where}"):
+        place.begin(unit or unit_of(slot), prepare)
 
 
 def write_region(
@@ -50,10 +87,11 @@ def write_region(
     slot: int,
     rows: tuple[int, int],
     cols: tuple[int, int],
-    layers: Mapping[str, NDArray[Any]],
+    layers: Mapping[str, NDArray[Any]] | Iterable[tuple[str, NDArray[Any]]],
     *,
     group: str = GROUP,
-) -> int:
+    unit: str | None = None,
+) -> Any:
     """Write whole shards of one period.
 
     Args:
@@ -62,32 +100,41 @@ def write_region(
         slot: index on ``time``.
         rows: [r0, r1) of the region in the grid; must begin at a shard and end at one or at the grid's edge.
         cols: [c0, c1), likewise.
-        layers: name -> (rows, cols) array of the layer's dtype (codes for bands).
+        layers: name -> (rows, cols) array of the layer's dtype (codes for bands), or pairs of them, taken one by one.
         group: the level.
+        unit: what the shards are part of; default: the period.
 
     Returns:
-        Bytes of the arrays before compression.
+        What ``keep`` must be given before the shards count as done; may be pickled, holds no pixels.
 
     Raises:
-        StoreError: disk full or no permission. ValueError: a region that cuts a shard.
+        StoreError: see ``begin``. ValueError: a region that cuts a shard.
     """
     for (start, stop), size in ((rows, grid.height), (cols, grid.width)):
         if start % grid.shard_px or (stop % grid.shard_px and stop != size):
             raise ValueError(f"region {rows} x {cols} cuts a shard of {grid.shard_px} px; two writers could meet in it")
     specs = layer_specs(tuple(BANDS), uncertainty=True)
-    store = zarr.storage.LocalStore(path)
-    total = 0
-    try:
-        for name, values in layers.items():
+    place = store_at(path)
+    with telling(f"write {place.where}"):
+        store = place.writer(unit or unit_of(slot))
+        for name, values in layers.items() if isinstance(layers, Mapping) else layers:
             array = _array(store, group, name, specs[name], grid, slot + 1)
             array[slot, rows[0] : rows[1], cols[0] : cols[1]] = values.astype(specs[name].dtype, copy=False)
-            total += values.nbytes
-    except OSError as error:
-        raise StoreError(
-            f"store {path}: writing failed: {error}; free space or check permissions, then run the same command again: "
-            "it goes on after the last finished shard"
-        ) from error
-    return total
+        return place.changes(store)
+
+
+def keep(path: str | Path, slot: int, changes: Any, unit: str | None = None) -> None:
+    """Make shards last that a worker wrote; ``changes`` is what ``write_region`` gave. Call before marking them."""
+    place = store_at(path)
+    with telling(f"write {place.where}"):
+        place.keep(unit or unit_of(slot), changes)
+
+
+def discard(path: str | Path, slot: int) -> None:
+    """Forget the shards of a period that were kept and not published."""
+    place = store_at(path)
+    with telling(f"write {place.where}"):
+        place.discard(unit_of(slot))
 
 
 def read_region(
@@ -99,49 +146,14 @@ def read_region(
     name: str,
     *,
     group: str = GROUP,
+    unit: str | None = None,
 ) -> NDArray[Any]:
     """Read back what ``write_region`` wrote, published or not: (rows, cols) of one layer, fill where nothing is."""
-    array = _array(
-        zarr.storage.LocalStore(path), group, name, layer_specs(tuple(BANDS), uncertainty=True)[name], grid, slot + 1
-    )
-    return np.asarray(array[slot, rows[0] : rows[1], cols[0] : cols[1]])
-
-
-def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: Sequence[str], attrs: Mapping[str, Any]) -> None:
-    """Write a small coordinate in one chunk; along ``time`` the chunk has room, so that it never changes."""
-    chunks = tuple(TIME_CHUNK if dim == "time" else size for dim, size in zip(dims, values.shape, strict=True))
-    array = group.create_array(
-        name,
-        shape=values.shape,
-        chunks=chunks,
-        dtype=values.dtype,
-        dimension_names=list(dims),
-        attributes=dict(attrs),
-        compressors=[BloscCodec(cname="zstd", clevel=3, typesize=values.dtype.itemsize)],
-        fill_value=0,
-        overwrite=True,
-    )
-    array[...] = values
-
-
-@dataclass(frozen=True)
-class _Times:
-    """What stands along ``time``, per slot: the day shown, first day and the one after the last, whether finished."""
-
-    days: NDArray[np.int64]
-    bounds: NDArray[np.int64]
-    published: NDArray[np.uint8]
-
-
-def _put_coordinates(group: zarr.Group, grid: Grid, times: _Times) -> None:
-    _put(group, "x", grid.x, ["x"], {"standard_name": "projection_x_coordinate", "units": "m", "axis": "X"})
-    _put(group, "y", grid.y, ["y"], {"standard_name": "projection_y_coordinate", "units": "m", "axis": "Y"})
-    _put(group, "spatial_ref", np.array(0, np.int64), [], conventions.spatial_ref(grid))
-    units = {"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"}
-    _put(group, "time_bnds", times.bounds, ["time", "nv"], units)
-    _put(group, "time", times.days, ["time"], {**units, "standard_name": "time", "bounds": "time_bnds", "axis": "T"})
-    flags = {"long_name": "period is finished", "flag_values": [0, 1], "flag_meanings": "unfinished finished"}
-    _put(group, "published", times.published, ["time"], flags)
+    place = store_at(path)
+    with telling(f"read {place.where}"):
+        store = place.written(unit or unit_of(slot))
+        array = _array(store, group, name, layer_specs(tuple(BANDS), uncertainty=True)[name], grid, slot + 1)
+        return np.asarray(array[slot, rows[0] : rows[1], cols[0] : cols[1]])
 
 
 def publish(
@@ -154,6 +166,8 @@ def publish(
     published: Sequence[bool],
     attrs: Mapping[str, Any],
     levels: int = 0,
+    unit: str = "",
+    message: str = "published",
 ) -> None:
     """Make written periods visible: shapes, coordinates, ``published`` and attributes, consolidated metadata last.
 
@@ -166,101 +180,105 @@ def publish(
         published: per slot, whether the period is finished.
         attrs: group attributes (identity, provenance of each period); JSON values.
         levels: how many overviews all published periods have.
+        unit: of work, see ``unit_of``; none where only metadata change.
+        message: for stores with a history.
 
     Raises:
-        StoreError: disk full or no permission.
+        StoreError: see ``begin``.
     """
-    times = _Times(
+    times = Times(
         np.array([period.target for period in schedule], np.int64),
         np.array([[period.start, period.end + 1] for period in schedule], np.int64),
         np.array(published, np.uint8),
     )
     everything = {"Conventions": "CF-1.11", "bands": list(bands), **attrs}
-    _publish(path, grid.levels(levels), layer_specs(bands, uncertainty=uncertainty), times, everything)
+    specs = layer_specs(bands, uncertainty=uncertainty)
+    _publish(path, grid.levels(levels), specs, times, everything, (unit, message))
 
 
 def publish_overviews(path: str | Path, levels: int) -> None:
     """Make overviews visible that were written for all published periods of a finished store.
 
     Raises:
-        StoreMismatchError: without a finished store. StoreError: disk full or no permission.
+        StoreMismatchError: without a finished store. StoreError: see ``begin``.
     """
     attrs = finished(path)
-    store = zarr.storage.LocalStore(path)
+    store = store_at(path).reader()
     there = [zarr.open_array(store, path=f"{GROUP}/{name}", mode="r") for name in ("time", "time_bnds", "published")]
-    times = _Times(*(np.asarray(array[:]) for array in there))
+    times = Times(*(np.asarray(array[:]) for array in there))
     grid = Grid.from_dict(attrs["cloudgate"]["grid"])
     own = {name: value for name, value in attrs.items() if name not in conventions.level_attributes(grid)}
     specs = layer_specs(attrs["bands"], uncertainty=uncertain(path, attrs["bands"]))
-    _publish(path, grid.levels(levels), specs, times, own)
+    _publish(path, grid.levels(levels), specs, times, own, (OVERVIEWS, f"overviews: levels 1 to {levels}"))
+
+
+def open_root(path: str | Path) -> zarr.Group:
+    """The root group of a published store as readers see it, by the consolidated metadata, which are written last.
+
+    Raises:
+        FileNotFoundError, ValueError: if nothing is published.
+    """
+    place = store_at(path)
+    if not place.holds("zarr.json"):
+        raise FileNotFoundError(f"{place.where} holds no group")
+    return zarr.open_group(place.reader(), mode="r", use_consolidated=place.consolidated)
 
 
 def levels(path: str | Path) -> int:
-    """How many overviews readers of a store find: of the consolidated metadata, which are written last."""
-    try:
-        root = zarr.open_group(zarr.storage.LocalStore(path), mode="r", use_consolidated=True)
-    except (FileNotFoundError, ValueError):
-        return 0
-    return sum(1 for name in root.group_keys() if name.isdigit()) - 1
+    """How many overviews readers of a store find."""
+    with telling(f"read {path}"):
+        try:
+            root = open_root(path)
+        except (FileNotFoundError, ValueError):
+            return 0
+        return sum(1 for name in root.group_keys() if name.isdigit()) - 1
 
 
 def uncertain(path: str | Path, bands: Sequence[str]) -> bool:
     """Whether a published store of these bands has uncertainties."""
-    return f"uncertainty_{bands[0]}" in zarr.open_group(zarr.storage.LocalStore(path), path=GROUP, mode="r")
+    return store_at(path).holds(f"{GROUP}/uncertainty_{bands[0]}/zarr.json")
 
 
 def _publish(
-    path: str | Path, grids: Sequence[Grid], specs: Mapping[str, LayerSpec], times: _Times, attrs: Mapping[str, Any]
+    path: str | Path,
+    grids: Sequence[Grid],
+    specs: Mapping[str, LayerSpec],
+    times: Times,
+    attrs: Mapping[str, Any],
+    what: tuple[str, str],
 ) -> None:
-    """Write the levels' metadata, the coarsest first, then the root's, consolidated last."""
-    store = zarr.storage.LocalStore(path)
-    for partial in Path(path).rglob("*.partial"):  # a killed writer's
-        partial.unlink(missing_ok=True)
-    try:
-        root = zarr.open_group(store, mode="a")  # keeps what was consolidated before until the new stands
-        for level, grid in reversed(list(enumerate(grids))):
-            group = zarr.open_group(store, path=str(level), mode="a", use_consolidated=False)
-            for name, spec in specs.items():
-                more = {"resampling_method": spec.resampling} if level else {}
-                metadata = array_metadata(
-                    replace(spec, attrs={**spec.attrs, **more}), grid, len(times.days), overview=level > 0
-                )
-                for key, buffer in metadata.to_buffer_dict(default_buffer_prototype()).items():
-                    sync(store.set(f"{level}/{name}/{key}", buffer))
-            _put_coordinates(group, grid, times)
-            about = {k: v for k, v in attrs.items() if k != "cloudgate"} if level else attrs  # once is enough
-            group.attrs.put({**conventions.level_attributes(grid), **about})
-        root.attrs.put({**conventions.root_attributes(grids), **attrs})
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-            zarr.consolidate_metadata(store)
-    except OSError as error:
-        raise StoreError(
-            f"store {path}: publishing failed: {error}; free space or check permissions, then run the same command "
-            "again"
-        ) from error
+    """Write the metadata of all levels and show them to readers; ``what``: unit, message."""
+    place = store_at(path)
+    with telling(f"publish {place.where}"), place.publishing(*what) as store:
+        put_levels(store, grids, specs, times, attrs, consolidated=place.consolidated)
+
+
+def replaces(path: str | Path) -> bool:
+    """Whether readers see a period's old pixels until its new ones are whole, so that it need not be hidden."""
+    return store_at(path).replaces
 
 
 def read_attrs(path: str | Path) -> dict[str, Any] | None:
     """Attributes of a published store, None where nothing was published yet.
 
     Raises:
-        StoreMismatchError: if another program's data lie at ``path``.
+        StoreMismatchError: if another program's data lie at ``path``. StoreError: see ``begin``.
     """
-    path = Path(path)
-    if not (path / GROUP / "zarr.json").exists():
-        if path.exists() and not _half_written(path):
-            raise StoreMismatchError(f"output.store: {path} exists and is no cloudgate store; choose another path")
-        return None
-    attrs = dict(zarr.open_group(str(path), path=GROUP, mode="r").attrs)
+    place = store_at(path)
+    with telling(f"read {place.where}"):
+        if not place.holds(f"{GROUP}/zarr.json"):
+            if not _half_written(place.names()):
+                raise StoreMismatchError(f"output.store: {path} exists and is no cloudgate store; choose another path")
+            return None
+        attrs = dict(zarr.open_group(place.reader(), path=GROUP, mode="r").attrs)
     if "cloudgate" not in attrs:
         raise StoreMismatchError(f"output.store: {path} was written by another program; choose another path")
     return attrs
 
 
-def _half_written(path: Path) -> bool:
-    """Whether a folder without metadata can be what a stopped run left: level 0, perhaps overviews, nothing else."""
-    names = {p.name for p in path.iterdir()} - {"zarr.json"} if path.is_dir() else {"a file"}
+def _half_written(names: set[str]) -> bool:
+    """Whether what lies there can be what a stopped run left: level 0, perhaps overviews, nothing else; or nothing."""
+    names = names - {"zarr.json"}
     return not names or (GROUP in names and names <= {str(level) for level in range(20)})
 
 
@@ -285,14 +303,16 @@ def remove(path: str | Path) -> None:
         StoreMismatchError: if another program's data lie there.
     """
     read_attrs(path)
-    shutil.rmtree(path, ignore_errors=True)
+    place = store_at(path)
+    with telling(f"remove {place.where}"):
+        place.remove()
 
 
 def open_mosaic(*, store: str | Path, group: str = GROUP) -> xr.Dataset:
     """Open a finished mosaic lazily.
 
     Args:
-        store: path of the Zarr store.
+        store: path or URL of the Zarr store, as in ``output.store``.
         group: level, ``"0"`` is full resolution.
 
     Returns:
@@ -303,7 +323,7 @@ def open_mosaic(*, store: str | Path, group: str = GROUP) -> xr.Dataset:
     Raises:
         StoreMismatchError: if there is no mosaic at that path, no finished period yet, or no such level.
     """
-    path = Path(store)
+    path, place = store, store_at(store)
     about = finished(path)
     coarsest = levels(path)
     if group not in [str(level) for level in range(coarsest + 1)]:
@@ -315,7 +335,9 @@ def open_mosaic(*, store: str | Path, group: str = GROUP) -> xr.Dataset:
                 else f"it has no overviews yet: make them with `cloudgate export {path} --overviews`"
             )
         )
-    dataset = xr.open_zarr(str(path), group=group, decode_cf=False, chunks={})
+    consolidated = None if place.consolidated else False
+    with telling(f"read {place.where}"):
+        dataset = xr.open_zarr(place.source(), group=group, decode_cf=False, chunks={}, consolidated=consolidated)
     dataset.attrs["cloudgate"] = about["cloudgate"]
     scaled = [name for name in dataset.data_vars if "scale_factor" in dataset[name].attrs]
     for name in scaled:

@@ -56,6 +56,8 @@ class Report:
     scenes: int = 0
     memory_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    changes: Any = None
+    """For ``store.keep``."""
 
 
 def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | None = None) -> Report:
@@ -88,8 +90,8 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | N
     if fence is not None and (RunFolder(path).read("request.json") or {}).get("run") != fence:
         raise StoreError(f"store {path}: another run began it anew meanwhile; nothing was written")
     composed = time.perf_counter()
-    for name in list(layers):
-        store.write_region(path, recipe.grid, slot, task.rows, task.cols, {name: layers.pop(name)})
+    one_by_one = ((name, layers.pop(name)) for name in list(layers))  # each is let go when it is written
+    report.changes = store.write_region(path, recipe.grid, slot, task.rows, task.cols, one_by_one)
     ended = time.perf_counter()
     report.seconds, report.write_seconds, report.memory_bytes = ended - began, ended - composed, peak_bytes()
     return report

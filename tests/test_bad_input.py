@@ -293,7 +293,7 @@ def test_workers_that_cannot_write_say_so_and_the_same_command_goes_on(run, smal
     finally:
         client.run(_limit_files, -1)
     assert code == 1, message
-    assert "writing failed" in message
+    assert "cannot write" in message
     assert "run the same command again" in message
     code, message = run()
     assert code == 0, message
