@@ -359,7 +359,8 @@ def telling(doing: str) -> Iterator[None]:
 def store_error(doing: str, error: BaseException) -> StoreError:
     """One clear sentence for any fault of a store: what, why, the way out."""
     said = f"{type(error).__name__}: {error}"
-    plain = str(error)[:300].strip() or type(error).__name__
+    # The first paragraph: what follows is the library's own call stack.
+    plain = " ".join(str(error).partition("\n\n")[0].split())[:300] or type(error).__name__
     words = said.lower()
     if any(sign in words for sign in ("permissiondenied", "unauthenticated", "accessdenied", "forbidden", " 403")):
         way = "the credentials do not allow it; check AWS_ACCESS_KEY_ID, AWS_PROFILE and the bucket's policy"

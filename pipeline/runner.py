@@ -101,8 +101,8 @@ def coarsen(
     level: int,
     where: tuple[str, Grid, tuple[str, ...], bool],
     slot: int,
-    orders: Orders,
     unit: str,
+    orders: Orders,
 ) -> tuple[tuple[int, int], Any]:
     """Write one shard of an overview on a worker, within its time: the shard, and what ``store.keep`` wants."""
     with on_duty(orders):
@@ -130,7 +130,7 @@ def run_overviews(
     for level, shards in levels:
 
         def submit(shard: tuple[int, int], _key: str, more: dict[str, Any], level: int = level) -> Any:
-            return context.connect().submit(coarsen, shard, level, where, slot, orders, of, **more)
+            return context.connect().submit(coarsen, shard, level, where, slot, of, orders, **more)
 
         def name(shard: tuple[int, int], level: int = level) -> tuple[str, str]:
             key = f"overview-{slot}-{level}-{shard[0]}-{shard[1]}"
