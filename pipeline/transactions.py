@@ -2,7 +2,8 @@
 
 A unit of work (a period, or overviews added later) has a branch beside ``main`` with one commit. Workers write chunks
 through forks of a session on it and hand back what they changed (about 100 bytes a chunk, no pixels). The run merges
-that into the commit with ``amend`` and only then marks the shards; at the end ``main`` is moved to the branch. So a
+that into the commit with ``amend`` and only then marks the shards; at the end ``main`` is moved to the branch, and what
+no branch names is removed (it was never on ``main``: amended commits, chunks of killed tasks). So a
 reader of ``main`` meets whole periods only, a kill loses nothing that was marked, and history has one commit a period.
 
 Only the run that holds the store's lock commits: workers that amend break each other (dynamical-org/reformatters#633),
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -116,6 +117,8 @@ class Repository:
             yield session.store
             repo.reset_branch(MAIN, session.amend(message, allow_empty=True), from_snapshot_id=base)
             repo.delete_branch(unit)
+            with suppress(_icechunk().IcechunkError):  # what cannot be removed now is when the next unit ends
+                repo.garbage_collect(datetime.now(UTC))  # commits that were amended, chunks of killed tasks
             return
         session = repo.writable_session(MAIN)
         yield session.store

@@ -142,9 +142,14 @@ def _at_first_mark(patch: pytest.MonkeyPatch, event) -> None:
     patch.setattr(RunFolder, "mark", marking)
 
 
+@pytest.fixture
+def place(bucket, tmp_path) -> str:
+    return f"{bucket}/{tmp_path.name}/m.zarr"
+
+
 @pytest.fixture(params=["", "icechunk:"], ids=["bucket", "icechunk-bucket"])
-def where(request, bucket, tmp_path) -> str:
-    return f"{request.param}{bucket}/{tmp_path.name}/m.zarr"
+def where(request, place) -> str:
+    return request.param + place
 
 
 def test_a_run_waits_for_a_store_that_is_away_for_a_moment(where, relay, small, quiet, small_tasks):
@@ -159,20 +164,20 @@ def test_a_run_waits_for_a_store_that_is_away_for_a_moment(where, relay, small, 
     _equal(where, quiet)
 
 
-def test_a_store_that_stays_away_ends_the_run_and_the_same_command_goes_on(where, relay, small, quiet, small_tasks):
+def test_a_store_that_stays_away_ends_the_run_and_the_same_command_goes_on(place, relay, small, quiet, small_tasks):
     small_tasks.setattr(places, "RETRY_TIMEOUT", places.timedelta(seconds=1))
     small_tasks.setattr("pipeline.lock.LEASE_S", 1.0)
     s3_store.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         _at_first_mark(patch, lambda: relay[-1].cut())
         with pytest.raises(StoreError, match=r"cannot .*m.zarr.*can be reached.*run the same command again") as told:
-            build(job=_job(small, where), client=InlineClient(small_tasks))
+            build(job=_job(small, place), client=InlineClient(small_tasks))
     assert told.value.exit_code == 1
     _back(relay)
-    assert read_attrs(where) is None
-    assert status(where)["periods"][0]["state"] == "unfinished"
-    build(job=_job(small, where), client=InlineClient(small_tasks))
-    _equal(where, quiet)
+    assert read_attrs(place) is None
+    assert status(place)["periods"][0]["state"] == "unfinished"
+    build(job=_job(small, place), client=InlineClient(small_tasks))
+    _equal(place, quiet)
 
 
 class ReadOnly(BaseHTTPRequestHandler):
@@ -264,11 +269,11 @@ def _fill(disk: Path) -> None:
 # -- schedules --------------------------------------------------------------------------------------------------
 
 
-def test_a_tick_on_a_bucket_keeps_its_ledger_there(where, small, tmp_path, monkeypatch):
+def test_a_tick_on_a_bucket_keeps_its_ledger_there(place, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     world = World(small, tmp_path, InlineClient(monkeypatch))
     fields = yaml.safe_load(world.write().read_text())
-    store = where.replace("m.zarr", "{area}.zarr")
+    store = place.replace("m.zarr", "{area}.zarr")
     fields["job"] |= {"output": {"store": store}, "catalog": str(tmp_path / "items.json")}
     built = world.tick("2021-06-24T00:00:00", job=fields["job"]).built
     assert [(one["slot"], one["state"]) for one in built] == [(0, "done")]
