@@ -31,6 +31,7 @@ _SETTINGS: Final = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.98,
     "distributed.admin.system-monitor.gil.enabled": False,
+    "distributed.worker.profile.enabled": False,  # a look at every thread each 10 ms
 }
 ANSWER_S: Final = 20.0
 """A running scheduler answers within this."""
