@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.console import AsJson, Debug, Overrides, kind, print_json
+from pipeline.console import AsJson, Debug, Log, MetricsAt, Overrides, kind, print_json
 
 JobFile = Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)]
 
@@ -70,6 +70,8 @@ def mosaic(
     overrides: Overrides = None,
     restart: Annotated[bool, typer.Option(help="Remove an existing store of this path and start over.")] = False,
     wait: Annotated[float, typer.Option(help="Wait so many seconds if another run works on the store.")] = 0.0,
+    log: Log = None,
+    metrics: MetricsAt = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -79,10 +81,11 @@ def mosaic(
     """
     with kind(debug):
         from pipeline.jobfile import load_job
+        from pipeline.journal import telling
         from pipeline.mosaic import build
         from pipeline.progress import period_line, terminal
 
-        with terminal(quiet=as_json) as progress:
+        with telling(log=log, metrics_at=metrics), terminal(quiet=as_json) as progress:
             summary = build(
                 job=load_job(job, overrides=overrides or (), store=out), restart=restart, progress=progress, wait_s=wait
             )

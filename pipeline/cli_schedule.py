@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import AsJson, Debug, Overrides, day_of, kind, print_json
+from pipeline.console import AsJson, Debug, Log, MetricsAt, Overrides, day_of, kind, print_json
 from pipeline.errors import CloudgateError, ConfigError
+from pipeline.redaction import without_secrets
 
 if TYPE_CHECKING:
     from pipeline.periodic import TickReport
@@ -63,6 +64,8 @@ def tick(
     area: Areas = None,
     part: Part = "0/1",
     overrides: Overrides = None,
+    log: Log = None,
+    metrics: MetricsAt = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -71,14 +74,15 @@ def tick(
     Example: [bold]cloudgate schedule tick austria.yaml --set cluster.kind=kubernetes[/bold]
     """
     with kind(debug):
-        from pipeline.periodic import read_item
+        from pipeline.events import read_item
+        from pipeline.journal import telling
         from pipeline.periodic import tick as run_due
         from pipeline.progress import terminal
         from pipeline.schedule import load_schedule
 
         loaded = load_schedule(schedule, overrides=overrides or ())
         event = read_item(_text(item)) if item else None
-        with terminal(quiet=as_json) as progress:
+        with telling(log=log, metrics_at=metrics), terminal(quiet=as_json) as progress:
             report = run_due(schedule=loaded, areas=area or (), part=_part(part), item=event, progress=progress)
         _answer(report, as_json)
 
@@ -92,6 +96,8 @@ def backfill(
     area: Areas = None,
     part: Part = "0/1",
     overrides: Overrides = None,
+    log: Log = None,
+    metrics: MetricsAt = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -100,13 +106,14 @@ def backfill(
     Example: [bold]cloudgate schedule backfill austria.yaml --from 2019-01-01 --to 2023-12-31[/bold]
     """
     with kind(debug):
+        from pipeline.journal import telling
         from pipeline.periodic import backfill as fill
         from pipeline.progress import terminal
         from pipeline.schedule import load_schedule
 
         loaded = load_schedule(schedule, overrides=overrides or ())
         start, end = day_of("--from", first), day_of("--to", last)
-        with terminal(quiet=as_json) as progress:
+        with telling(log=log, metrics_at=metrics), terminal(quiet=as_json) as progress:
             report = fill(
                 schedule=loaded,
                 first=start,
@@ -125,6 +132,8 @@ def run(
     every_minutes: Annotated[float, typer.Option(min=0.1, help="Minutes from the end of a tick to the next.")] = 60,
     area: Areas = None,
     overrides: Overrides = None,
+    log: Log = None,
+    metrics: MetricsAt = None,
     debug: Debug = False,
 ) -> None:
     """Tick again and again until interrupted, for a laptop or a container; servers use a timer and tick.
@@ -132,6 +141,7 @@ def run(
     Example: [bold]cloudgate schedule run austria.yaml --every-minutes 60[/bold]
     """
     with kind(debug):
+        from pipeline.journal import telling
         from pipeline.periodic import tick as run_due
         from pipeline.progress import terminal
         from pipeline.schedule import load_schedule
@@ -139,13 +149,15 @@ def run(
         load_schedule(schedule, overrides=overrides or ())  # a wrong one is told at once
         while True:
             try:
-                with terminal() as progress:
+                with telling(log=log, metrics_at=metrics), terminal() as progress:
                     report = run_due(
                         schedule=load_schedule(schedule, overrides=overrides or ()), areas=area or (), progress=progress
                     )
                 _show(report)
             except CloudgateError as error:
-                typer.secho(f"cloudgate: this tick failed: {error}", err=True, fg=typer.colors.RED)
+                typer.secho(
+                    f"cloudgate: this tick failed: {without_secrets(str(error))}", err=True, fg=typer.colors.RED
+                )
             time.sleep(60 * every_minutes)
 
 

@@ -18,6 +18,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: key=value with dotted keys, e.g. method.name=median."),
 ]
+Log = Annotated[
+    str | None,
+    typer.Option("--log", envvar="CLOUDGATE_LOG", help="Append JSON lines to this file too; - is standard error."),
+]
+MetricsAt = Annotated[
+    str | None,
+    typer.Option("--metrics", envvar="CLOUDGATE_METRICS", help="Prometheus metrics: a file, or a port on loopback."),
+]
 
 
 @contextmanager

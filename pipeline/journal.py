@@ -2,16 +2,17 @@
 
 Every line holds time, run, store and what happened; a task's line also its period and task id. On disk the lines are
 appended to ``<store>.run/log.jsonl`` while the run goes on; in a bucket, which cannot append, they are written as
-``log-<run>.jsonl`` every half a minute and at the end. ``CLOUDGATE_METRICS`` names a file for Prometheus' textfile
-collector, or a port on loopback.
+``log-<run>.jsonl`` every half a minute and at the end. ``CLOUDGATE_LOG`` names another file for the lines (``-``:
+standard error), ``CLOUDGATE_METRICS`` a file for Prometheus' textfile collector, or a port on loopback.
 """
 
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, write_to_textfile
 
+from pipeline.errors import ConfigError
 from pipeline.objects import FileObjects, Objects
 from pipeline.redaction import without_secrets
 
@@ -80,6 +82,10 @@ class Journal:
     def _write(self, what: str, facts: dict[str, Any]) -> None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = without_secrets(json.dumps({"time": at, "event": what, **self.common, **facts}, default=str))
+        if (also := os.environ.get("CLOUDGATE_LOG")) == "-":
+            sys.stderr.write(line + "\n")
+        elif also:
+            append(Path(also), line)
         if isinstance(self.objects, FileObjects):
             append(self.objects.path / "log.jsonl", line)
             return
@@ -107,6 +113,35 @@ def recording(inner: Hears, objects: Objects, store: str) -> Iterator[Journal]:
         journal.event("run", state="ended")
     finally:
         journal.close()
+
+
+@contextmanager
+def telling(*, log: str | None, metrics_at: str | None) -> Iterator[None]:
+    """Have every run inside tell more: what ``--log`` and ``--metrics`` name, as the environment would.
+
+    Raises:
+        ConfigError: a file that cannot be written, a port that is taken.
+    """
+    given = {"CLOUDGATE_LOG": log, "CLOUDGATE_METRICS": metrics_at}
+    before = {name: os.environ.get(name) for name in given}
+    try:
+        if log and log != "-":
+            Path(log).open("a").close()
+        if metrics_at:
+            metrics(metrics_at).write()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--log, --metrics: {error}; give a file in a folder that can be written, - for standard error (log), or a "
+            "free port on this machine (metrics)"
+        ) from error
+    try:
+        os.environ.update({name: value for name, value in given.items() if value})
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def append(path: Path, line: str) -> None:
@@ -165,6 +200,15 @@ class Metrics:
             self.periods.labels(facts.get("state", "unknown")).inc()
             if facts.get("state") == "finished":
                 self.last.set_to_current_time()
+        with suppress(OSError):  # a full disk must not stop the run
+            self.write()
+
+    def write(self) -> None:
+        """Renew the file, if it is one.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         if self.path:
             write_to_textfile(str(self.path), self.registry)
 

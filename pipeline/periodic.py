@@ -4,7 +4,6 @@ One tick searches once per area and span, builds what ``due`` says, one period a
 (cron, a systemd timer, a CronJob, an orchestrator, ``schedule run``) may call it as often as it likes.
 """
 
-import json
 import traceback
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -26,18 +25,16 @@ from pipeline.errors import (
     StoreBusyError,
     TooManyFailuresError,
 )
-from pipeline.footprints import bbox_polygon, footprint
+from pipeline.events import features, slots_of
 from pipeline.identity import period_key
-from pipeline.items import EPOCH, day_text, solar_day
+from pipeline.items import EPOCH, day_text
 from pipeline.ledger import Entry, Ledger
 from pipeline.lock import hold
 from pipeline.mosaic import build
-from pipeline.normalise import item_time
 from pipeline.periods import Period
 from pipeline.records import RunFolder
 from pipeline.redaction import without_secrets
-from pipeline.region import region_of
-from pipeline.request import SEARCH_MARGIN_M, Request, resolve
+from pipeline.request import Request, resolve
 from pipeline.runner import Progress, Silent
 from pipeline.schedule import LoadedSchedule, Series
 
@@ -88,6 +85,7 @@ class Ticker:
 
     def warn(self, text: str) -> None:
         """Something a person should read."""
+        text = without_secrets(text)  # hooks may say anything
         self.report.warnings.append(text)
         self.progress.say(text)
 
@@ -124,11 +122,11 @@ def tick(
     now = now or datetime.now(UTC)
     with ExitStack() as stack:
         ticker = Ticker(schedule, now, progress or Silent(), TickReport(), stack, client)
-        ticker.announced = frozenset(str(one.get("id")) for one in _features(item)) if item else frozenset()
+        ticker.announced = frozenset(str(one.get("id")) for one in features(item)) if item else frozenset()
         for series in choose(schedule, areas, part):
             wanted = None
             if item is not None:
-                wanted = _slots_of(item, series, schedule, now)
+                wanted = slots_of(item, series, schedule, now)
                 if not wanted:
                     continue
             _locked(ticker, series, lambda s=series, w=wanted: _tick_area(ticker, s, w))  # type: ignore[misc]
@@ -365,43 +363,3 @@ def _summarise(ticker: Ticker, series: Series, periods: Sequence[Period]) -> Non
     ledger = ledgers.load(RunFolder(series.store).objects) or Ledger(series.area)
     standings = due(periods, None, ledger, ticker.now, ticker.schedule.spec)
     ticker.report.standings[series.area] = [describe(s) for s in standings if s.state not in ("done", "waiting")]
-
-
-# -- events ------------------------------------------------------------------------------------------------------
-
-
-def _slots_of(item: Mapping[str, Any], series: Series, schedule: LoadedSchedule, now: datetime) -> list[int]:
-    """The slots a new scene belongs to, with look-back; none where it lies outside the area or the schedule."""
-    region = region_of(series.job.area)
-    area = bbox_polygon(region.lonlat_bounds(SEARCH_MARGIN_M))
-    slots: set[int] = set()
-    for one in _features(item):
-        try:
-            place, when = footprint(one), item_time(one)
-        except CloudgateError as error:
-            raise ConfigError(f"--item: {error}") from error
-        if area.intersects(place):
-            day = solar_day(when, region.centre[0])
-            slots |= {p.slot for p in begun(series, schedule.spec, now) if p.look_start <= day <= p.end}
-    return sorted(slots)
-
-
-def _features(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return list(item["features"]) if item.get("type") == "FeatureCollection" else [item]
-
-
-def read_item(text: str) -> dict[str, Any]:
-    """A STAC Item, or a FeatureCollection of them, from JSON; also wrapped in a message of a notification service.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    try:
-        data = json.loads(text)
-        if isinstance(data, dict) and isinstance(data.get("Message"), str):
-            data = json.loads(data["Message"])
-    except ValueError as error:
-        raise ConfigError(f"--item: not readable as JSON: {error}; give a STAC Item") from error
-    if not isinstance(data, dict) or data.get("type") not in ("Feature", "FeatureCollection"):
-        raise ConfigError("--item: a STAC Item (type Feature) or a FeatureCollection of them is needed")
-    return data

@@ -1,6 +1,7 @@
 """The commands on a small store: what they print, ``--json``, exit codes, no tracebacks but with ``--debug``."""
 
 import json
+import socket
 
 import numpy as np
 import pytest
@@ -91,6 +92,24 @@ def test_plan_tells_offsets_anchors_and_tasks(folder):
     assert "2021-07-09" in plain.stdout
     assert " ".join(plain.stdout.split()).endswith("about 0 s on 2 workers (all tasks are done)")
     assert "offsets" not in json.loads(_run("plan", folder / "job.yaml", "--no-scout", "--json").stdout)["periods"][0]
+
+
+def test_a_run_tells_logs_and_metrics_where_it_is_asked_to(folder, tmp_path):
+    log, metrics = tmp_path / "runs.jsonl", tmp_path / "cloudgate.prom"
+    done = _run("mosaic", folder / "job.yaml", "--log", log, "--metrics", metrics)
+    assert done.exit_code == 0, done.output
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["state"] for line in told if line["event"] == "run"] == ["begun", "ended"]
+    assert 'cloudgate_periods_total{state="finished"} 1.0' in metrics.read_text()
+    assert '"state": "ended"' in _run("mosaic", folder / "job.yaml", "--log", "-").stderr
+    assert len(log.read_text().splitlines()) == len(told)  # asked for once
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for option, place in (("--metrics", taken.getsockname()[1]), ("--log", tmp_path / "none" / "x")):
+            refused = _run("mosaic", folder / "job.yaml", option, place)
+            assert refused.exit_code == 2
+            assert "give a file in a folder that can be written" in " ".join(refused.output.split())
 
 
 def test_preview_draws_the_mosaic(folder, tmp_path):

@@ -19,11 +19,12 @@ from pipeline.agenda import listing
 from pipeline.cli import app
 from pipeline.due import begun, due
 from pipeline.errors import CatalogError, ConfigError, RequestError, StoreMismatchError, TooManyFailuresError
+from pipeline.events import read_item
 from pipeline.ledger import DamagedLedger, Entry, Ledger
 from pipeline.lock import hold
 from pipeline.mosaic import build
 from pipeline.objects import objects_at
-from pipeline.periodic import backfill, read_item, tick
+from pipeline.periodic import backfill, tick
 from pipeline.records import RunFolder
 from pipeline.schedule import load_schedule
 from pipeline.store import open_mosaic

@@ -159,6 +159,7 @@ def run(
     job = folder / "job.yaml"
     job.write_text(yaml.safe_dump(fields))
     killed: Counter[str] = Counter()
+    seen = 0
     exits: Counter[int] = Counter()
     began = time.monotonic()
     try:
@@ -183,10 +184,13 @@ def run(
                 if code not in (1, -signal.SIGKILL) or time.monotonic() - began > most_s:
                     raise RuntimeError(f"exit {code}: " + (folder / "client.log").read_text()[-2000:])
                 running = client(folder, job, folder / "chaos.zarr")
-            if sum(killed.values()) < kills and time.monotonic() > following:
+            # Only once a task has begun since the last kill: else all die while they start on a slow machine.
+            at_work = sum(_computed(folder).values())
+            if sum(killed.values()) < kills and time.monotonic() > following and at_work > seen:
                 kind = draw.choice(kinds)
                 if _strike(kind, cluster, running, draw):
                     killed[kind] += 1
+                    seen = at_work
                 following = time.monotonic() + draw.uniform(*wait_s)
     finally:
         cluster.end()
