@@ -237,6 +237,9 @@ def main() -> None:
     parser.add_argument("--shard-px", type=int, default=64)
     parser.add_argument("--every", default="week")
     parser.add_argument("--slower-s", type=float, default=0.2, help="each task takes so much longer")
+    parser.add_argument(
+        "--wait-s", type=float, nargs=2, default=(0.3, 6.0), help="least and most seconds to the next kill"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
