@@ -1,5 +1,6 @@
 """What a person sees while it runs: in come steps and answers, out come a live bar on a terminal or plain lines."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,9 @@ class Terminal:
 @contextmanager
 def terminal(*, quiet: bool = False) -> Iterator[Terminal]:
     """A progress display on standard error; ``quiet`` shows nothing."""
-    shown = Terminal(Console(file=sys.stderr, quiet=quiet))
+    # A notebook's cell says it is a terminal, and keeps every state of a bar as a line of its own.
+    in_notebook = False if "JPY_PARENT_PID" in os.environ else None
+    shown = Terminal(Console(file=sys.stderr, quiet=quiet, force_terminal=in_notebook))
     if shown.bar and not quiet:
         with shown.bar:
             yield shown
