@@ -16,6 +16,7 @@ from shapely.geometry import mapping
 
 from pipeline.bands import BANDS, rgb_bands
 from pipeline.conventions import level_attributes
+from pipeline.errors import ConfigError
 from pipeline.footprints import bbox_polygon
 from pipeline.grid import Grid
 from pipeline.items import Item
@@ -66,6 +67,32 @@ def published(attrs: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     """The finished periods of a store's attributes by slot, in order."""
     every = {int(slot): about for slot, about in attrs["cloudgate"]["periods"].items()}
     return {slot: every[slot] for slot in sorted(every) if every[slot].get("published", True)}
+
+
+def choose_slots(attrs: Mapping[str, Any], period: int | str | None) -> list[int]:
+    """Slots of finished periods: all for None, one by number (-1 is the last) or by a day it shows or spans.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
+    there = published(attrs)
+    slots = list(there)
+    if period is None:
+        return slots
+    text = str(period)
+    if text.removeprefix("-").isdigit():
+        if -len(slots) <= int(text) < len(slots):
+            return [slots[int(text)]]
+    else:
+        found = [slot for slot in slots if there[slot].get("target") == text]
+        found = found or [s for s in slots if there[s].get("start", "~") <= text <= there[s].get("end", "")]
+        if found:
+            return found[:1]
+    days = ", ".join(str(there[slot].get("target")) for slot in slots[:12]) + (" ..." if len(slots) > 12 else "")
+    raise ConfigError(
+        f"period: {text} is not there; the store has {len(slots)} finished periods (0 to {len(slots) - 1}), which show "
+        f"{days}"
+    )
 
 
 def describe(

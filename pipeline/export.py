@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import store as stores
 from pipeline.bands import BANDS, check_bands, rgb_bands
 from pipeline.cog import write_cog, write_colour_vrt
-from pipeline.describe import item_id, published, stac_collection, stac_item
+from pipeline.describe import choose_slots, item_id, published, stac_collection, stac_item
 from pipeline.errors import ConfigError
 from pipeline.grid import Grid
 from pipeline.layers import layer_specs
@@ -63,32 +63,6 @@ def export_cogs(
         _write_item(attrs, slot, folder, uncertainty, files)
     _write_json(folder / "collection.json", _collection(attrs, folder, uncertainty))
     return made
-
-
-def choose_slots(attrs: Mapping[str, Any], period: int | str | None) -> list[int]:
-    """Slots of finished periods: all for None, one by number (-1 is the last) or by a day it shows or spans.
-
-    Raises:
-        ConfigError: if it is not there.
-    """
-    there = published(attrs)
-    slots = list(there)
-    if period is None:
-        return slots
-    text = str(period)
-    if text.removeprefix("-").isdigit():
-        if -len(slots) <= int(text) < len(slots):
-            return [slots[int(text)]]
-    else:
-        found = [slot for slot in slots if there[slot].get("target") == text]
-        found = found or [s for s in slots if there[s].get("start", "~") <= text <= there[s].get("end", "")]
-        if found:
-            return found[:1]
-    days = ", ".join(str(there[slot].get("target")) for slot in slots[:12]) + (" ..." if len(slots) > 12 else "")
-    raise ConfigError(
-        f"period: {text} is not there; the store has {len(slots)} finished periods (0 to {len(slots) - 1}), which show "
-        f"{days}"
-    )
 
 
 def _layers(asked: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -8,12 +8,11 @@ same places whatever area, shard or task is asked for. Rows count downwards (nor
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
-from odc.geo.geobox import GeoBox
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
 from shapely.geometry import box
@@ -21,6 +20,9 @@ from shapely.geometry.base import BaseGeometry
 
 from pipeline.errors import ConfigError
 from pipeline.tables import table_html
+
+if TYPE_CHECKING:
+    from odc.geo.geobox import GeoBox
 
 CHUNK_PX = 512
 OVERVIEW_PX = 256
@@ -147,8 +149,10 @@ class Grid:
         )
 
     @property
-    def geobox(self) -> GeoBox:
+    def geobox(self) -> "GeoBox":
         """The same rectangle as an odc-geo GeoBox."""
+        from odc.geo.geobox import GeoBox  # slow to import, and few ask for it
+
         return GeoBox(self.shape, self.transform, self.crs)
 
     @property

@@ -7,25 +7,27 @@ fits, so a huge store takes seconds; without overviews every n-th pixel, for whi
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
+import zarr
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.bands import rgb_bands, to_reflectance
-from pipeline.describe import published
+from pipeline.describe import choose_slots, published
 from pipeline.errors import StoreError
-from pipeline.export import choose_slots
 from pipeline.items import day_text
 from pipeline.layers import FLAGS
+from pipeline.objects import telling
 from pipeline.records import RunFolder
-from pipeline.store import finished, levels, open_mosaic
+from pipeline.store import finished, levels, open_root
 
 RGB = NDArray[np.uint8]
+Panel = tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]
+"""Title, picture, legend."""
 
 INK, PAPER, FAINT = (28, 32, 38), (250, 250, 248), (120, 126, 134)
 NO_DATA = (214, 214, 210)
@@ -63,11 +65,9 @@ def preview(*, store: str | Path, out: str | Path, period: int | str = -1) -> Pa
     Raises:
         StoreMismatchError: without a finished mosaic. ConfigError: for a period that is not there.
     """
-    attrs = finished(store)
-    (slot,) = choose_slots(attrs, period)
-    mosaic, index = _level(store), list(published(attrs)).index(slot)
-    picture = render(mosaic.isel(time=index).load(), before=_before(store, slot), title=_title(mosaic, store))
-    return _save(picture, out)
+    level = _Level(store)
+    (slot,) = choose_slots(level.attrs, period)
+    return _save(_panels(level, slot, before=_before(store, slot)), out)
 
 
 def series(*, store: str | Path, out: str | Path, sheet: bool = False) -> Path:
@@ -84,43 +84,59 @@ def series(*, store: str | Path, out: str | Path, sheet: bool = False) -> Path:
     Raises:
         StoreMismatchError: without a finished mosaic.
     """
-    mosaic = _level(store, most_px=PANEL_PX)
-    names = rgb_bands(mosaic.attrs["bands"])
-    count = mosaic.sizes["time"]
+    level = _Level(store, most_px=PANEL_PX)
+    names = rgb_bands(level.attrs["bands"])
+    periods = published(level.attrs)
+    slots = list(periods)
 
-    def colours(index: int) -> NDArray[np.float32]:
-        return np.stack([mosaic[name].isel(time=index).values for name in names])
+    def colours(slot: int) -> NDArray[np.float32]:
+        return np.stack([to_reflectance(level.read(name, slot)) for name in names])
 
-    some = sorted({round(i) for i in np.linspace(0, count - 1, min(count, 12))})
-    reference = np.concatenate([colours(i)[:, ::2, ::2].reshape(3, -1, 1) for i in some], axis=1)
-    title, extent_m = _title(mosaic, store), _extent_m(mosaic)
-    days = [np.datetime_as_string(day, unit="D") for day in mosaic["time"].values]
+    some = sorted({round(i) for i in np.linspace(0, len(slots) - 1, min(len(slots), 12))})
+    reference = np.concatenate([colours(slots[i])[:, ::2, ::2].reshape(3, -1, 1) for i in some], axis=1)
+    days = {slot: str(periods[slot]["target"]) for slot in slots}
     if sheet:
-        panels: list[tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]] = [
-            (day, _fit(stretch(colours(i), reference)), []) for i, day in enumerate(days)
-        ]
-        subtitle = f"{count} periods, stretched alike  |  {' '.join(names)}"
-        return _save(_compose(panels, title=title, subtitle=subtitle, extent_m=extent_m), out)
-    frames = [_frame(stretch(colours(i), reference), f"{title}  {day}", extent_m) for i, day in enumerate(days)]
+        panels: list[Panel] = [(days[slot], _fit(stretch(colours(slot), reference)), []) for slot in slots]
+        subtitle = f"{len(slots)} periods, stretched alike  |  {' '.join(names)}"
+        return _save(_compose(panels, title=level.title, subtitle=subtitle, extent_m=level.extent_m), out)
+    frames = [
+        _frame(stretch(colours(slot), reference), f"{level.title}  {days[slot]}", level.extent_m) for slot in slots
+    ]
     return _save(frames[0], out, save_all=True, append_images=frames[1:], duration=900, loop=0)
 
 
-def _level(store: str | Path, most_px: int = 2 * PANEL_PX) -> xr.Dataset:
-    """The finest level of at most ``most_px``; where there is none, every n-th pixel of the coarsest."""
-    for number in range(levels(store) + 1):
-        mosaic = open_mosaic(store=store, group=str(number))
-        if max(mosaic.sizes["y"], mosaic.sizes["x"]) <= most_px:
-            return mosaic
-    step = math.ceil(max(mosaic.sizes["y"], mosaic.sizes["x"]) / most_px)
-    return mosaic.isel(y=slice(step // 2, None, step), x=slice(step // 2, None, step))
+class _Level:
+    """The finest level of at most ``most_px``; where there is none, every n-th pixel of the coarsest.
 
+    Read with zarr alone: xarray takes longer to import than all of a picture to make.
+    """
 
-def _title(mosaic: xr.Dataset, store: str | Path) -> str:
-    return str(mosaic.attrs.get("title", Path(store).stem))
+    def __init__(self, store: str | Path, most_px: int = 2 * PANEL_PX) -> None:
+        self.attrs = finished(store)
+        self.where = f"read {store}"
+        with telling(self.where):
+            root = open_root(store)
+            for number in range(levels(store) + 1):
+                self.group = root[str(number)]
+                shape = self._array("flags").shape[1:]
+                if max(shape) <= most_px:
+                    break
+            x = np.asarray(self._array("x")[:])
+        step = math.ceil(max(shape) / most_px)
+        self.every = slice(step // 2, None, step)
+        self.title = str(self.attrs.get("title", Path(store).stem))
+        self.extent_m = abs(float(x[-1] - x[0])) * x.size / max(x.size - 1, 1)
 
+    def _array(self, name: str) -> "zarr.Array[Any]":
+        assert isinstance(self.group, zarr.Group)
+        array = self.group[name]
+        assert isinstance(array, zarr.Array)
+        return array
 
-def _extent_m(mosaic: xr.Dataset) -> float:
-    return abs(float(mosaic["x"][-1] - mosaic["x"][0])) * mosaic.sizes["x"] / max(mosaic.sizes["x"] - 1, 1)
+    def read(self, name: str, slot: int) -> NDArray[Any]:
+        """(y, x) raw values of a layer."""
+        with telling(self.where):
+            return np.asarray(self._array(name)[slot, self.every, self.every])
 
 
 def _save(picture: Image.Image, out: str | Path, **options: Any) -> Path:
@@ -189,22 +205,22 @@ def _fit(image: RGB) -> Image.Image:
     return Image.fromarray(image).resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX)
 
 
-def render(mosaic: xr.Dataset, *, before: tuple[str, NDArray[np.float32]] | None, title: str) -> Image.Image:
-    """Draw the panels of one loaded period (dims ``y, x``); see ``preview``."""
-    names = rgb_bands(mosaic.attrs["bands"])
-    after = np.stack([mosaic[name].values for name in names])
-    target = np.datetime_as_string(mosaic["time"].values, unit="D")
-    panels: list[tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]] = []
+def _panels(level: _Level, slot: int, *, before: tuple[str, NDArray[np.float32]] | None) -> Image.Image:
+    """Draw the panels of one period; see ``preview``."""
+    names, about = rgb_bands(level.attrs["bands"]), published(level.attrs)[slot]
+    after = np.stack([to_reflectance(level.read(name, slot)) for name in names])
+    panels: list[Panel] = []
     if before is not None:
         panels.append((f"before: {before[0]}", _fit(stretch(before[1], after)), []))
-    panels.append((f"after: {target}", _fit(stretch(after, after)), []))
-    count = mosaic["clear_count"].values.astype(float)
+    panels.append((f"after: {about['target']}", _fit(stretch(after, after)), []))
+    count = level.read("clear_count", slot).astype(float)
     top = max(float(count.max()), 1.0)
     ticks = sorted({0, round(top / 2), round(top)})
     panels.append(("clear looks", _fit(ramp(count, 0, top)), [(str(t), _colour(t, 0, top)) for t in ticks]))
-    panels.append(_source_date_panel(mosaic))
-    panels.append(_flags_panel(mosaic))
-    return _compose(panels, title=title, subtitle=_subtitle(mosaic, names), extent_m=_extent_m(mosaic))
+    panels.append(_source_date_panel(level.read("source_date", slot)))
+    panels.append(_flags_panel(level.read("flags", slot)))
+    subtitle = _subtitle(about, names, level.attrs.get("proj:code", "own CRS"))
+    return _compose(panels, title=level.title, subtitle=subtitle, extent_m=level.extent_m)
 
 
 def _colour(value: float, low: float, high: float) -> tuple[int, int, int]:
@@ -212,26 +228,22 @@ def _colour(value: float, low: float, high: float) -> tuple[int, int, int]:
     return int(r), int(g), int(b)
 
 
-def _subtitle(mosaic: xr.Dataset, names: Sequence[str]) -> str:
-    target = np.datetime_as_string(mosaic["time"].values, unit="D")
-    periods = mosaic.attrs.get("cloudgate", {}).get("periods", {}).values()
-    about: dict[str, Any] = next((period for period in periods if period.get("target") == target), {})
+def _subtitle(about: Mapping[str, Any], names: Sequence[str], crs: str) -> str:
     anchors = ", ".join(about.get("anchors", []))
     parts = (
         about.get("method", {}).get("name", ""),
         f"looks {about['start']} to {about['end']}" if "start" in about else "",
         f"anchors {anchors}" if anchors else "",
         f"shown as red, green, blue: {' '.join(names)}",
-        str(mosaic.attrs.get("proj:code", "own CRS")),
+        crs,
     )
     return "  |  ".join(filter(None, parts))
 
 
-def _source_date_panel(mosaic: xr.Dataset) -> tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]:
+def _source_date_panel(dates: NDArray[np.int32]) -> Panel:
     """The dates the pixels show; the legend names the commonest."""
-    dates = mosaic["source_date"].values
-    known = ~np.isnat(dates)
-    days = np.where(known, dates.astype("datetime64[D]").astype(float), np.nan)
+    known = dates != 0
+    days = np.where(known, dates.astype(float), np.nan)
     if not known.any():
         return "source date", _fit(ramp(days, 0, 1)), []
     values, counts = np.unique(days[known], return_counts=True)
@@ -243,8 +255,7 @@ def _source_date_panel(mosaic: xr.Dataset) -> tuple[str, Image.Image, list[tuple
     return "source date", _fit(ramp(days, low, high)), legend
 
 
-def _flags_panel(mosaic: xr.Dataset) -> tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]:
-    flags = mosaic["flags"].values
+def _flags_panel(flags: NDArray[np.uint16]) -> Panel:
     image = np.empty((*flags.shape, 3), np.uint8)
     image[:] = NO_DATA
     legend = []
@@ -257,7 +268,7 @@ def _flags_panel(mosaic: xr.Dataset) -> tuple[str, Image.Image, list[tuple[str, 
 
 
 def _compose(
-    panels: Sequence[tuple[str, Image.Image, list[tuple[str, tuple[int, int, int]]]]],
+    panels: Sequence[Panel],
     *,
     title: str,
     subtitle: str,

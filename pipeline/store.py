@@ -10,10 +10,9 @@ root and on the groups.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
@@ -31,6 +30,9 @@ from pipeline.locations import store_at
 from pipeline.metadata import Times, put_array, put_levels
 from pipeline.objects import telling
 from pipeline.periods import Period
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 LAYOUT_VERSION = 1
 GROUP = "0"
@@ -308,7 +310,7 @@ def remove(path: str | Path) -> None:
         place.remove()
 
 
-def open_mosaic(*, store: str | Path, group: str = GROUP) -> xr.Dataset:
+def open_mosaic(*, store: str | Path, group: str = GROUP) -> "xr.Dataset":
     """Open a finished mosaic lazily.
 
     Args:
@@ -323,6 +325,8 @@ def open_mosaic(*, store: str | Path, group: str = GROUP) -> xr.Dataset:
     Raises:
         StoreMismatchError: if there is no mosaic at that path, no finished period yet, or no such level.
     """
+    import xarray as xr  # half of the time it takes to start a command that shows a picture
+
     path, place = store, store_at(store)
     about = finished(path)
     coarsest = levels(path)

@@ -23,7 +23,7 @@ from shapely.geometry import box, shape
 from small_region import InlineClient, SmallRegion
 from typer.testing import CliRunner
 
-from pipeline import export
+from pipeline import describe, export
 from pipeline.cli import app
 from pipeline.cog import _windows
 from pipeline.describe import EXTENSIONS
@@ -224,7 +224,7 @@ def test_wrong_wishes_are_answered_kindly(monthly, tmp_path):
 
 def test_a_period_is_found_by_number_or_day(monthly):
     attrs = open_mosaic(store=monthly).attrs
-    assert [export.choose_slots(attrs, wish) for wish in (None, 0, "-1", "2021-07-16", "2021-07-02")] == [
+    assert [describe.choose_slots(attrs, wish) for wish in (None, 0, "-1", "2021-07-16", "2021-07-02")] == [
         [0, 1, 2],
         [0],
         [2],
