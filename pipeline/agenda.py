@@ -158,5 +158,5 @@ def _rebuilt(series: Series, run: RunFolder, now: datetime) -> Ledger:
             continue
         frozen = run.read(run.period(slot), "items.json")
         keys = sorted(item_key(i) for i in from_frozen(frozen, run.where).items) if frozen else None
-        ledger.periods[slot] = Entry("done", now.isoformat(), "", keys, message="finished")
+        ledger.periods[slot] = Entry("done", now.isoformat(), manifest.get("key", ""), keys, message="finished")
     return ledger

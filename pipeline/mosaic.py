@@ -25,9 +25,9 @@ from pipeline.errors import (
     TooManyFailuresError,
 )
 from pipeline.flight import Orders
-from pipeline.frozen import digest, from_frozen, frozen_bytes
+from pipeline.frozen import digest, from_frozen, frozen_bytes, item_key
 from pipeline.grid import Grid
-from pipeline.identity import check_store, wish_of
+from pipeline.identity import check_store, period_key, wish_of
 from pipeline.items import Acquisition, day_text
 from pipeline.jobfile import job_from_dict, job_json
 from pipeline.journal import recording
@@ -103,7 +103,8 @@ def build(
         client: a Dask client to use instead of ``job.cluster``.
         request: an answer of ``resolve`` to use instead of searching.
         slots: write only these periods of a series that goes on (``time.end`` does not count), each into its slot and
-            without touching the others. A finished period is written again where its scenes are others than before.
+            without touching the others. A finished period is written again where its scenes are others than before, a
+            half-written one begun again where its recipe is another too.
         anew: write the periods of ``slots`` again in any case.
         wait_s: if another run works on the store, wait so long for it before refusing.
 
@@ -139,7 +140,7 @@ def build(
             request, wanted = _series_request(job, path, run, request, slots)
         with recording(progress, run.objects, path) as progress, ExitStack() as stack:
             connected = _connector(job.cluster, job.limits, client, stack, progress)
-            context = RunContext(path, run, connected, progress, lock.check, _orders(job.cluster, job.limits, run))
+            context = RunContext(path, run, connected, progress, lock.check, _orders(job.cluster, job.limits))
             if job.output.overviews and stores.read_attrs(path):
                 add_overviews(context)
             for period in wanted:
@@ -170,7 +171,7 @@ def complete_overviews(*, store: str, workers: int = 2, progress: Progress | Non
     limits = job_from_dict(record["job"]).limits if (record := run.read("request.json")) else Limits()
     with hold(run) as lock, ExitStack() as stack:
         connected = _connector(cluster := Cluster(workers=workers), limits, None, stack, progress)
-        return add_overviews(RunContext(store, run, connected, progress, lock.check, _orders(cluster, limits, run)))
+        return add_overviews(RunContext(store, run, connected, progress, lock.check, _orders(cluster, limits)))
 
 
 def _connector(
@@ -238,17 +239,23 @@ def _slots_of(path: str) -> list[int]:
 
 
 def _begin_slot(request: Request, period: Period, path: str, run: RunFolder, *, anew: bool) -> None:
-    """Freeze a period's scenes; what an earlier run made of other scenes is taken back first."""
+    """Freeze a period's scenes; what an earlier run made of others, or half made by another recipe, is taken back."""
     name = run.period(period.slot)
     items = [item for a in acquisitions_of(request, period) for item in a.items]
     if not items:
         return  # scenes that a catalog forgot do not undo a mosaic
-    before = run.read(name, "items.json")
-    if before is None or before.get("digest") != digest(items) or anew:
-        # In this order, so that a kill at any point leaves a period that is finished or begun again, never half.
+    before, begun = run.read(name, "items.json"), run.read(name, "begun.json") or {}
+    key = period_key(request.job, period, map(item_key, items))
+    published = (run.read(name, "manifest.json") or {}).get("published")
+    other = before is None or before.get("digest") != digest(items) or (begun.get("key") != key and not published)
+    if other or anew:
+        # The frozen scenes go first and come last: a kill at any point between leaves a period that is begun again.
+        # Marks must never outlive their shards.
+        run.objects.remove(f"{name}/items.json")
         run.objects.remove(f"{name}/manifest.json")
         lower_period(request, period.slot, path)
         run.forget_period(period.slot)
+        run.write({"key": key, "id": uuid.uuid4().hex}, name, "begun.json")
         run.write_bytes(frozen_bytes(replace(request.found, items=items)), name, "items.json")
 
 
@@ -302,18 +309,18 @@ def _build_period(request: Request, period: Period, context: RunContext, seen: S
         progress.say(f"{outcome['start']}: {message}, its slot stays empty")
         return {**outcome, "published": False, "message": message}
     publish_period(request, period, seen, context)
-    outcome |= {"published": True, "message": "finished", "anchors": anchor_names(seen, acquisitions)}
+    key = period_key(job, period, [item_key(item) for a in acquisitions for item in a.items])
+    outcome |= {"published": True, "message": "finished", "key": key, "anchors": anchor_names(seen, acquisitions)}
     run.write(outcome, name, "manifest.json")
     return outcome
 
 
-def _orders(spec: Cluster, limits: Limits, run: RunFolder) -> Orders:
+def _orders(spec: Cluster, limits: Limits) -> Orders:
     return Orders(
         timeout_s=limits.task_timeout_s,
         wait_s=spec.wait_s,
         width=2 * spec.workers if spec.kind in ("kubernetes", "gateway", "slurm") else 2,
         resources=spec.resources,
-        fence=(run.read("request.json") or {}).get("run"),
         versions=versions(),
         environment=environment_of(spec),
     )

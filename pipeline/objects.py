@@ -129,10 +129,13 @@ class FileObjects:
     def clear(self, prefix: str) -> None:
         """See ``Objects``."""
         for path in sorted(self.path.glob(prefix.removesuffix("/") + ("" if prefix.endswith("/") else "*"))):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise store_error(f"remove {path}", error) from error
 
 
 class BucketObjects:

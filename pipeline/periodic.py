@@ -231,8 +231,9 @@ def _backfill_area(ticker: Ticker, series: Series, days: tuple[int, int], again:
             entry = ledger.periods.get(period.slot)
             new = set(items) - set((entry.items if entry else None) or ())
             done = entry and entry.state in ("done", "empty") and not new
-            if not done or again or (entry and entry.key != period_key(series.job, period, entry.items or ())):
-                _build(ticker, series, request, period, items, anew=again)
+            other = bool(entry and entry.key and entry.key != period_key(series.job, period, entry.items or ()))
+            if not done or again or other:
+                _build(ticker, series, request, period, items, anew=again or other)
     _summarise(ticker, series, periods)
 
 
@@ -312,7 +313,9 @@ def _build(
             ticker.progress.say(traceback.format_exc())
         _failed(ticker, series, period, error, items)
         return
-    made = Entry("done", at, period_key(series.job, period, items), list(items), message="finished", run=ticker.run)
+    # The key of what was made, which may be older than this recipe: its scenes are the same.
+    key = summary.periods[0].get("key", "")
+    made = Entry("done", at, key, list(items), message="finished", run=ticker.run)
     _record(ticker, series, period.slot, lambda _: made)
     _tell(ticker, series, period, made, summary.periods[0])
 

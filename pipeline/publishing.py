@@ -8,6 +8,8 @@ import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from pipeline.errors import ReadError
 from pipeline.export import export_cogs, exported
 from pipeline.frozen import digest
 from pipeline.identity import RESULT_VERSION
-from pipeline.items import Acquisition, Item, day_text
+from pipeline.items import EPOCH, Acquisition, Item, day_text
 from pipeline.periods import Period
 from pipeline.reader import dn_to_codes, read_window
 from pipeline.records import RunFolder
@@ -98,7 +100,9 @@ def _write_metadata(
     job = request.job
     by_slot = sorted(about["periods"].items(), key=lambda entry: int(entry[0]))  # whatever the order of writing
     about = {**about, "periods": dict(by_slot)}
-    schedule = request.schedule[: max(int(slot) for slot in about["periods"]) + 1]
+    # A period shows the date it was made for, though the job's target is another by now.
+    targets = {int(slot): (date.fromisoformat(made["target"]) - EPOCH).days for slot, made in by_slot}
+    schedule = [replace(p, target=targets.get(p.slot, p.target)) for p in request.schedule[: max(targets) + 1]]
     stores.publish(
         path,
         request.grid,

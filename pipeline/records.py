@@ -1,7 +1,8 @@
 """What a run remembers: in come facts about a run, out come small objects in ``<store>.run/`` from which it goes on.
 
     request.json        identity of the store and the fields of the job that shape pixels
-    period-<slot>/      items.json (frozen), scout.json (offsets, clear shares, anchors), manifest.json, before.npz
+    period-<slot>/      items.json (frozen), begun.json (of a series: identity, id of this beginning),
+                        scout.json (offsets, clear shares, anchors), manifest.json, before.npz
     period-<slot>/done/ one mark per finished shard, ``<row>.<col>.json``; ``done-<level>/`` those of an overview
     lock                who works on the store (``pipeline.lock``)
 
@@ -105,6 +106,14 @@ class RunFolder:
                 lambda shard: self.read(part, "done", f"{shard[0]}.{shard[1]}.json"), sorted(self.done(slot))
             )
             return [facts for facts in found if facts is not None]
+
+    def fence(self, slot: int) -> str | None:
+        """Who may write a period: the run's id, in a series that of the period's beginning too; None: no records."""
+        ids = [
+            (self.read("request.json") or {}).get("run"),
+            (self.read(self.period(slot), "begun.json") or {}).get("id"),
+        ]
+        return "-".join(filter(None, ids)) or None
 
     def forget_period(self, slot: int) -> None:
         """Remove the records of one period."""

@@ -5,7 +5,7 @@ Overviews go the same way: one future per shard of a level, each level after the
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import RunFolder
 from pipeline.report import Progress as Progress
 from pipeline.report import Silent as Silent
-from pipeline.tasks import Report, Task, run_task
+from pipeline.tasks import Report, Task, check_fence, run_task
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunContext:
         connect: gives the Dask client; called when there is work, so that a finished store needs no cluster.
         progress: hears what goes on.
         guard: asked before each mark; what it raises ends the work.
-        orders: see ``Orders``.
+        orders: see ``Orders``; each period adds its own fence.
     """
 
     path: str | Path
@@ -45,6 +45,10 @@ class RunContext:
     def where(self) -> str:
         """The store as workers find it, who may stand in another folder."""
         return store_at(self.path).absolute()
+
+    def orders_of(self, slot: int) -> Orders:
+        """The orders for one period, which workers write only while it is not begun anew."""
+        return replace(self.orders, fence=self.records.fence(slot))
 
 
 def run_tasks(recipe: Recipe, tasks: Sequence[Task], slot: int, context: RunContext) -> None:
@@ -63,15 +67,15 @@ def run_tasks(recipe: Recipe, tasks: Sequence[Task], slot: int, context: RunCont
     progress.begin("shards", len(shards))
     if not tasks:
         return
-    client = context.connect()
+    client, orders = context.connect(), context.orders_of(slot)
     # A task of its own, so that the scheduler can make it again when its holders die; a copy on every worker, since
     # the scheduler would else send all tasks to the one that has it.
     shared = client.submit(_same, recipe, pure=False)
 
     def submit(task: Task, _key: str, more: dict[str, Any]) -> Any:
-        return client.submit(work, shared, task, context.where, slot, context.orders, **more)
+        return client.submit(work, shared, task, context.where, slot, orders, **more)
 
-    for report in Flight(client, tasks, submit, lambda task: _name(task, slot), context.orders, [shared]):
+    for report in Flight(client, tasks, submit, lambda task: _name(task, slot), orders, [shared]):
         context.guard()
         store.keep(context.path, slot, report.changes)
         facts = _facts(report)
@@ -106,6 +110,7 @@ def coarsen(
 ) -> tuple[tuple[int, int], Any]:
     """Write one shard of an overview on a worker, within its time: the shard, and what ``store.keep`` wants."""
     with on_duty(orders):
+        check_fence(where[0], slot, orders.fence)
         return shard, coarsen_shard(*where, slot, level, shard, unit)
 
 
@@ -122,7 +127,7 @@ def run_overviews(
         unit: of work that they are part of; default: the period.
     """
     of = unit or store.unit_of(slot)
-    records, orders, where = context.records, context.orders, (context.where, grid, *layers)
+    records, orders, where = context.records, context.orders_of(slot), (context.where, grid, *layers)
     levels = [(level, sorted({*shards} - records.done(slot, level))) for level, shards in level_shards(grid)]
     context.progress.begin("overviews", sum(len(shards) for _, shards in levels))
     if any(shards for _, shards in levels):

@@ -68,8 +68,7 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | N
         task: the rectangle.
         path: of the store.
         slot: of the period.
-        fence: write only while the store's records name this run; a task that outlived its client must not write into
-            a store that another run began anew.
+        fence: see ``check_fence``.
 
     Raises:
         StoreError: if the store cannot be written. A read that fails is reported, not raised.
@@ -87,14 +86,25 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | N
         stats = pool.stats
         report.bytes_read, report.read_seconds = stats.bytes, stats.seconds
         report.reads, report.retries = stats.reads, stats.retries
-    if fence is not None and (RunFolder(path).read("request.json") or {}).get("run") != fence:
-        raise StoreError(f"store {path}: another run began it anew meanwhile; nothing was written")
+    check_fence(path, slot, fence)
     composed = time.perf_counter()
     one_by_one = ((name, layers.pop(name)) for name in list(layers))  # each is let go when it is written
     report.changes = store.write_region(path, recipe.grid, slot, task.rows, task.cols, one_by_one)
     ended = time.perf_counter()
     report.seconds, report.write_seconds, report.memory_bytes = ended - began, ended - composed, peak_bytes()
     return report
+
+
+def check_fence(path: str, slot: int, fence: str | None) -> None:
+    """Leave to write only while the store's records name this beginning of the period (``RunFolder.fence``).
+
+    A task that outlived its client must not write into what another run began anew; None where there are no records.
+
+    Raises:
+        StoreError: if another run did.
+    """
+    if fence is not None and RunFolder(path).fence(slot) != fence:
+        raise StoreError(f"store {path}: another run began it anew meanwhile; nothing was written")
 
 
 def forget_peak() -> None:

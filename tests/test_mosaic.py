@@ -395,6 +395,9 @@ def test_ten_thousand_tasks_are_never_in_flight_at_once(small, tmp_path, monkeyp
     class Run:
         """Keeps marks in memory."""
 
+        def fence(self, slot):
+            """No records."""
+
         def mark(self, slot, shard, facts):
             """One more."""
             marked.append(shard)

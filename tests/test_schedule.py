@@ -285,9 +285,20 @@ def test_backfill_builds_what_is_missing_or_of_another_recipe(world):
     assert fill("2021-06-11", "2021-07-02") == [0]
     assert fill("2021-06-11", "2021-07-02") == []
     assert fill("2021-06-11", "2021-06-12", again=True) == [0]
-    job = yaml.safe_load((world.folder / "schedule.yaml").read_text())["job"] | {"method": {"name": "mean"}}
+    job = yaml.safe_load((world.folder / "schedule.yaml").read_text())["job"] | {"method": {"name": "p25"}}
     loaded = world.load(job=job)
-    assert fill("2021-07-01", "2021-07-10") == [2]
+    before = objects(world.folder / "corner.zarr")
+    assert fill("2021-06-21", "2021-06-30") == [1]
+    assert fill("2021-06-21", "2021-06-30") == []
+    plain = loaded.series[0].job
+    build(job=plain.model_copy(update={"output": plain.output.model_copy(update={"store": "plain.zarr"})}),
+          slots=[1], client=world.client)  # fmt: skip
+    after, fresh = objects(world.folder / "corner.zarr"), objects(world.folder / "plain.zarr")
+    shards = [name for name in after if "/c/1/" in name]
+    assert [after[name] for name in shards] == [fresh[name] for name in shards]  # its own, as if made anew
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert any("blue/c/1/" in name for name in changed)
+    assert not [name for name in changed if "/c/0/" in name or "/c/2/" in name]
     with pytest.raises(ConfigError, match=r"--from: 2021-05-01 is earlier than the schedule's start"):
         fill("2021-05-01", "2021-07-10")
     with pytest.raises(ConfigError, match="swap them"):
