@@ -115,6 +115,9 @@ class Source:
                     return answer.status_code, dict(answer.headers), body
             except requests.RequestException as error:
                 problem = type(error).__name__
+            finally:
+                if answer is not None:
+                    answer.close()  # what is cut or stalled would keep its socket until somebody collects it
             wait = _wait(answer, attempt, self.retry.backoff_s)
             if attempt + 1 == self.retry.request_tries or time.monotonic() + wait > end:
                 break
