@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from pipeline import composite, regression
 from pipeline.bands import CODE_OFFSET, CODE_SCALE
+from pipeline.regression_lattice import CELL_PX
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -34,6 +35,8 @@ UNKNOWN_SCALE: Final = np.float32(0.03)
 """Sigma where the prior claims none (plain interpolation of a single look)."""
 HALO_PX: Final = regression.HALO_PX
 """An estimate depends on nothing farther than this."""
+FIT_REACH_PX: Final = 2 * CELL_PX
+"""How far beyond ``core`` a gap may lie and still decide whether a pixel of it gets a fit."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.bands import CODE_OFFSET, CODE_SCALE
 from pipeline.errors import ConfigError
-from pipeline.estimates import HALO_PX, Estimates, Target, estimate
+from pipeline.estimates import FIT_REACH_PX, HALO_PX, Estimates, Target, estimate
 from pipeline.models.batch import Batch
 
 Float32 = NDArray[np.float32]
@@ -130,7 +130,11 @@ class Source:
             row0=target.row0 + rows.start,
             col0=target.col0 + cols.start,
         )
-        part = slice(top - rows.start, bottom - rows.start), slice(left - cols.start, right - cols.start)
+        # gaps just beyond decide too which clear pixels get a fit: what a patch learns from must not follow the cut
+        part = (
+            slice(max(top - rows.start - FIT_REACH_PX, 0), bottom - rows.start + FIT_REACH_PX),
+            slice(max(left - cols.start - FIT_REACH_PX, 0), right - cols.start + FIT_REACH_PX),
+        )
         return cls(near, None if bits is None else bits[:, rows, cols], estimate(near, core=part), patch_px)
 
     @property

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.estimates import Target
 from pipeline.models.weights import SHIPPED, load_model
+from pipeline.patchwork import patch_places
 from pipeline.predict import complete, halo_px, lattice_of
 
 pytestmark = pytest.mark.skipif(not (SHIPPED / "compact.safetensors").is_file(), reason="no weights ship yet")
@@ -61,6 +62,22 @@ def test_the_lattice_leaves_no_seam(compact):
     edge = np.isin(rows % usual.stride_px, [usual.border_px, usual.border_px + usual.ramp_px])
     assert edge.any()
     assert steps[edge].mean() / steps[~edge].mean() < 1.1
+
+
+@pytest.mark.parametrize("beyond", [2, 20])
+def test_a_gap_beside_a_patch_does_not_change_a_byte(compact, beyond):
+    """What a patch learns from must not follow which gaps of its neighbours a task has to fill too."""
+    _, codes, clear = _scene(height=128, width=420, seed=5)
+    lattice = lattice_of(compact)
+    clear[ANCHOR] = True
+    clear[ANCHOR, 50:70, 100:110] = False
+    places = patch_places(~clear[ANCHOR], lattice, 40, 7)
+    right = max(col for _, col in places) + lattice.patch_px - 7
+    clear[ANCHOR, 50:70, right + beyond : right + beyond + 6] = False
+    whole = _run(compact, codes, clear)
+    part = _run(compact, codes, clear, core=(slice(0, 128), slice(0, 120)))
+    for name in ("codes", "sigma", "source_date"):
+        np.testing.assert_array_equal(getattr(whole, name)[..., :120], getattr(part, name), err_msg=name)
 
 
 @pytest.mark.parametrize("n_bands", [3, 4, 5, 10])
