@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline import growth
-from pipeline.bands import CODE_NODATA
+from pipeline.bands import CODE_NODATA, temporal_bands
 from pipeline.states import CLEAR
 from pipeline.states import CLOUD as CLOUD_STATE
+from pipeline.temporal import bright_and_dark
 
 Codes = NDArray[np.uint16]
 Bits = NDArray[np.uint8]
@@ -59,6 +60,8 @@ class Series:
         truth: (T, B, H, W) uint16 codes without clouds, of simulated places; None of real ones.
         surface: (T, B, H, W) uint16 codes of the ground alone, without sky, gain and noise, of simulated places.
         other: {variant: (T, H, W) uint8}, further masks such as the plain reading of SCL.
+        check_in_time: whether the product would compare its dates; ``bits`` are without it, since the comparison must
+            not see what a case hides: ``checked_in_time`` does it case by case.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Series:
     truth: Codes | None
     other: dict[str, Bits]
     surface: Codes | None = None
+    check_in_time: bool = False
 
     @property
     def bad_share(self) -> NDArray[np.float64]:
@@ -281,6 +285,18 @@ def with_worse_masks(case: Case, share: float, edge_px: int, rng: np.random.Gene
         look[missed] &= np.uint8(VOID)
     hole = case.hole if case.target is None else case.hole & (bits[case.target] != 0)
     return replace(case, id=f"{case.id}/{WORSE}", bits=bits, hole=hole)
+
+
+def checked_in_time(case: Case, bands: Sequence[str]) -> Case:
+    """The case with its masks checked in time, as the product does it, the truth under the hole unseen."""
+    dark, nir = temporal_bands(bands)
+    bright, deep = bright_and_dark(
+        codes=np.ascontiguousarray(case.codes[:, dark]),
+        clear=case.clear,
+        days=case.days,
+        nir=None if nir is None else np.ascontiguousarray(case.codes[:, nir]),
+    )
+    return replace(case, bits=case.bits | bright * np.uint8(CLOUD) | deep * np.uint8(SHADOW))
 
 
 def nearest_looks(case: Case, count: int) -> Case:

@@ -6,16 +6,15 @@ predicting a date (task B) are never mixed in one row. Differences are paired ca
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import cases, composite, figures, learned, mask, metrics
+from pipeline import cases, composite, figures, learned, metrics
 from pipeline.anchors import AnchorMap
-from pipeline.bands import temporal_bands
 from pipeline.block import NO_SIGMA, Layers, check_method, compose_block
 from pipeline.cases import Case, Series, Variant
 from pipeline.config import Method
@@ -98,7 +97,7 @@ def _groups(asked: Evaluation, one: Scored) -> Iterator[tuple[str, str, str, lis
     if "predict" in one.tasks:
         most = 1.01 if one.simulate else asked.target_max_bad  # of simulated dates the truth is always known
         made = ((s, cases.predictions(s, window_days=asked.window_days, max_bad=most)) for s in series)
-        given = [(s, c) for s, predicted in made for c in predicted]
+        given = [(s, cases.checked_in_time(c, s.bands) if s.check_in_time else c) for s, found in made for c in found]
         yield one.name, "predict", "simulated" if one.simulate else "base", _spread(given, asked.max_cases, one.name)
 
 
@@ -115,20 +114,9 @@ def _completions(asked: Evaluation, series: Series, variant: str) -> Iterator[Ca
         window_days=asked.window_days,
         max_bad=asked.target_max_bad,
     )
+    check = variant.endswith("+check") or (series.check_in_time and kind != "scl")
     for case in given:
-        yield _checked(case, series.bands) if variant.endswith("+check") else case
-
-
-def _checked(case: Case, bands: Sequence[str]) -> Case:
-    """The case with its masks checked in time, as the product does it."""
-    dark, nir = temporal_bands(bands)
-    doubtful = mask.temporal_check(
-        codes=np.ascontiguousarray(case.codes[:, dark]),
-        clear=case.clear,
-        days=case.days,
-        nir=None if nir is None else np.ascontiguousarray(case.codes[:, nir]),
-    )
-    return replace(case, bits=np.where(doubtful, case.bits | np.uint8(cases.CLOUD), case.bits))
+        yield cases.checked_in_time(case, series.bands) if check else case
 
 
 def _spread(given: list[tuple[Series, Case]], most: int | None, name: str) -> list[tuple[Series, Case]]:
@@ -164,10 +152,11 @@ def _score_group(
             place = {"set": name, "task": task, "variant": variant, "case": case.id, "day": case.day, "method": method}
             report.rows.append({**place, **answer.row})
         progress.step(1)
-    dates = np.array([f"{series.name}/{case.day}" for series, case in given])
+    # a date is one draw, however many blocks of the area show it; simulated places have nothing but days in common
+    dates = np.array([f"{series.name if series.truth is not None else name}/{case.day}" for series, case in given])
     for method in ready:
         facts = _summary([a[method].row for a in answers], [a[asked.reference].row for a in answers], dates)
-        linear = np.mean([a["linear"].row["rmse"] for a in answers]) if "linear" in ready else np.nan
+        linear = _mean(np.array([a["linear"].row["rmse"] for a in answers])) if "linear" in ready else np.nan
         skill = 1 - facts["rmse"] / linear if linear else np.nan
         place = {"set": name, "task": task, "variant": variant, "method": method}
         report.summary.append({**place, **facts, "skill": skill})
@@ -269,6 +258,7 @@ def compose_case(method: Method, case: Case) -> Layers:
     return compose_block(
         codes=case.codes,
         clear=case.clear,
+        bits=case.bits,
         days=case.days,
         method=method,
         target=case.day,

@@ -260,8 +260,13 @@ class Evaluation(_Base):
 
 def label(method: Method) -> str:
     """What a method is called in tables: its name, with its options where it has some."""
-    options = ", ".join(Path(v).stem if k == "weights" else f"{k}={v}" for k, v in method.options.items())
+    options = ", ".join(_told(Path(v)) if k == "weights" else f"{k}={v}" for k, v in method.options.items())
     return f"{method.name} ({options})" if options else method.name
+
+
+def _told(weights: Path) -> str:
+    """The file's name; training calls all of them ``weights``, so its folder goes with that."""
+    return f"{weights.parent.name}/{weights.stem}" if weights.stem == "weights" else weights.stem
 
 
 def _checked_bands(value: tuple[str, ...]) -> tuple[str, ...]:

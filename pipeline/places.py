@@ -108,7 +108,7 @@ def _chosen(name: str, grid: Grid, block_px: int, max_blocks: int | None, seed: 
 
 def _read(request: Request, name: str, core: Grid, margin_px: int, other_mask: Mask | None) -> Series:
     job, kind = request.job, request.found.mask.kind
-    params = mask_params(job, kind)
+    params = replace(mask_params(job, kind), temporal_check=False)  # of a case, once its hole is there
     reach = -(-round(mask.halo_m(params.open_m, params.cloud_grow_m, params.shadow_grow_m)) // round(core.resolution_m))
     margin = max(margin_px, reach)
     grid = core.padded(margin)
@@ -133,6 +133,7 @@ def _read(request: Request, name: str, core: Grid, margin_px: int, other_mask: M
         core=rest,
         truth=None,
         other={},
+        check_in_time=job.mask.temporal_check,
     )
     if other_mask is not None:
         series = replace(series, other={"scl": _other_mask(request, job, series, other_mask)})
