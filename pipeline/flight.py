@@ -140,7 +140,7 @@ class Flight[Job]:
         Raises:
             RunError: when waiting makes no sense any more.
         """
-        for key, times in self.hung.items():
+        for key, times in list(self.hung.items()):
             if key in self.flying and times > 1:
                 raise self._hung(self.flying[key][1], times)
         try:

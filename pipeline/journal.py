@@ -2,8 +2,9 @@
 
 Every line holds time, run, store and what happened; a task's line also its period and task id. On disk the lines are
 appended to ``<store>.run/log.jsonl`` while the run goes on; in a bucket, which cannot append, they are written as
-``log-<run>.jsonl`` every half a minute and at the end. ``CLOUDGATE_LOG`` names another file for the lines (``-``:
-standard error), ``CLOUDGATE_METRICS`` a file for Prometheus' textfile collector, or a port on loopback.
+``log-<run>.jsonl``, ``log-<run>.2.jsonl``, ... every half a minute and at the end. ``CLOUDGATE_LOG`` names another
+file for the lines (``-``: standard error), ``CLOUDGATE_METRICS`` a file for Prometheus' textfile collector, or a port
+on loopback.
 """
 
 import json
@@ -20,11 +21,12 @@ from typing import Any, Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, write_to_textfile
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StoreError
 from pipeline.objects import FileObjects, Objects
 from pipeline.redaction import without_secrets
 
 EVERY_S: Final = 30.0
+PART_LINES: Final = 5_000
 MOST_BYTES: Final = 50_000_000
 """A log that grew so large is put aside as ``log.1.jsonl``, over the one before."""
 
@@ -52,7 +54,9 @@ class Journal:
         self.inner, self.objects = inner, objects
         self.common = {"run": uuid.uuid4().hex[:12], "store": store}
         self.lines: list[str] = []
+        self.part = 1
         self.kept = time.monotonic()
+        self.mute = False
 
     def say(self, text: str) -> None:
         """One line of news."""
@@ -71,8 +75,12 @@ class Journal:
     def event(self, what: str, **facts: Any) -> None:
         """Something happened: a task came back, a period was finished, a run began, ended or failed."""
         self._write(what, facts)
-        if place := os.environ.get("CLOUDGATE_METRICS"):
-            metrics(place).take(what, facts)
+        if (place := os.environ.get("CLOUDGATE_METRICS")) and not self.mute:
+            try:
+                metrics(place).take(what, facts)
+            except OSError as error:  # a port that another run has, a folder that is not there: no reason to stop
+                self.mute = True
+                self.say(f"CLOUDGATE_METRICS={place}: {error}; this run goes on without metrics")
         self.inner.event(what, **facts)
 
     def close(self) -> None:
@@ -94,8 +102,13 @@ class Journal:
             self._keep()
 
     def _keep(self) -> None:
+        """Put what a bucket has not got; a log that cannot be written never stops a run."""
         if self.lines:
-            self.objects.put(f"log-{self.common['run']}.jsonl", ("\n".join(self.lines) + "\n").encode())
+            name = f"log-{self.common['run']}" + (f".{self.part}" if self.part > 1 else "")
+            with suppress(StoreError):
+                self.objects.put(f"{name}.jsonl", ("\n".join(self.lines) + "\n").encode())
+                if len(self.lines) >= PART_LINES:  # written anew each time, so none may grow for ever
+                    self.lines, self.part = [], self.part + 1
         self.kept = time.monotonic()
 
 

@@ -27,6 +27,9 @@ NAME: Final = "lock"
 LEASE_S: Final = 30.0
 """A lease that was not renewed for so long is free; its owner renews it three times as often."""
 POLL_S: Final = 0.5
+UNSURE_S: Final = 180.0
+"""How long a writer waits to learn whether its lease is still its own."""
+GO_ON: Final = "run the same command again: it goes on where it stopped"
 
 
 class Records(Protocol):
@@ -36,19 +39,39 @@ class Records(Protocol):
 
 
 class Held:
-    """A lock that is held."""
+    """A lock that is held.
 
-    def __init__(self) -> None:
+    Attributes:
+        lost: why it is ours no more.
+        renewed: by ``_now``, when a lease was surely ours for the last time; None for a file lock: none can be lost.
+    """
+
+    def __init__(self, renewed: float | None = None) -> None:
         self.lost: str | None = None
+        self.renewed = renewed
 
     def check(self) -> None:
-        """Raise if the lock was lost meanwhile (a lease, after a long sleep of this machine); call before writing.
+        """Make sure that the lock is ours still; call before writing.
+
+        A lease that was not renewed in time (the bucket does not answer, this machine slept) may be another's by now:
+        then this waits until it is renewed or known to be lost.
 
         Raises:
-            StoreBusyError: with who took it.
+            StoreBusyError: with who took it, or that it could not be renewed.
         """
+        end = _now() + UNSURE_S
+        while not self.lost and self.renewed is not None and _now() - self.renewed > LEASE_S:
+            if _now() > end:
+                self.lost = f"the lease on the store could not be renewed for {_now() - self.renewed:.0f} s; {GO_ON}"
+            time.sleep(POLL_S)
         if self.lost:
             raise StoreBusyError(self.lost)
+
+
+def _now() -> float:
+    """Seconds that go on while the machine sleeps, as the others' clocks do."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 _mine = threading.local()
@@ -88,10 +111,19 @@ def _about() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "pids": _pids(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": Path(sys.argv[0]).name,
         "owner": uuid.uuid4().hex,
     }
+
+
+def _pids() -> str | None:
+    """Where process numbers mean the same: this boot of this machine, and its namespace (a container has its own)."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return None
 
 
 def _busy(where: str, owner: dict[str, Any]) -> StoreBusyError:
@@ -158,25 +190,24 @@ def _try_file(folder: Path) -> int | None:
 @contextmanager
 def _lease(objects: BucketObjects, wait_s: float) -> Iterator[Held]:
     about = _about()
-    tag = _take(objects, about, time.monotonic() + wait_s)
-    held, stop = Held(), threading.Event()
+    tag, asked = _take(objects, about, time.monotonic() + wait_s)
+    held, stop = Held(asked), threading.Event()
     state = {"tag": tag}
 
     def renew() -> None:
-        good = time.monotonic()
         while not stop.wait(LEASE_S / 3):
+            asked = _now()
             try:
                 new = objects.swap(NAME, _data(about), state["tag"])
-            except StoreError as error:
-                if time.monotonic() - good > LEASE_S:
-                    held.lost = f"the lease on {objects.where} could not be renewed for {LEASE_S:.0f} s: {error}"
-                    return
-                continue
+                now = objects.get(NAME) if new is None else None
+            except StoreError:
+                continue  # ``check`` waits meanwhile
+            if new is None and now and _parse(now[0]).get("owner") == about["owner"]:
+                new = now[1]  # a renewal before arrived, its answer did not
             if new is None:
-                now = objects.get(NAME)
                 held.lost = str(_busy(objects.where, _parse(now[0]) if now else {}))
                 return
-            state["tag"], good = new, time.monotonic()
+            state["tag"], held.renewed = new, asked
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
@@ -196,26 +227,26 @@ def _data(about: dict[str, Any]) -> bytes:
     return json.dumps({**about, "beat": uuid.uuid4().hex}, sort_keys=True).encode()
 
 
-def _take(objects: BucketObjects, about: dict[str, Any], end: float) -> str:
-    """Create the lease, or take over one that is free or whose owner is dead; the tag of ours.
+def _take(objects: BucketObjects, about: dict[str, Any], end: float) -> tuple[str, float]:
+    """Create the lease, or take over one that is free or whose owner is dead; the tag of ours, and since when.
 
     Whether an owner still renews is watched here, by this machine's own clock; clocks are never compared.
     """
     seen: tuple[str, float] | None = None
     while True:
-        now = objects.get(NAME)
+        now, asked = objects.get(NAME), _now()
         if now is None:
             tag = objects.swap(NAME, _data(about), None)
             if tag is not None:
                 _enforced(objects)
-                return tag
+                return tag, asked
             continue
         owner = _parse(now[0])
         if not owner.get("owner") or _dead_here(owner) or (seen and seen[0] == now[1] and _stale(seen[1])):
             tag = objects.swap(NAME, _data(about), now[1])
             if tag is not None:
                 _enforced(objects)
-                return tag
+                return tag, asked
             continue
         alive = seen is not None and seen[0] != now[1]
         if seen is None or alive:
@@ -231,7 +262,7 @@ def _stale(since: float) -> bool:
 
 def _dead_here(owner: dict[str, Any]) -> bool:
     """Whether the owner was a process of this machine that is gone."""
-    if owner.get("host") != socket.gethostname():
+    if owner.get("host") != socket.gethostname() or owner.get("pids") is None or owner["pids"] != _pids():
         return False
     try:
         os.kill(int(owner["pid"]), 0)

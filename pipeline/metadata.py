@@ -28,6 +28,16 @@ TIME_CHUNK: Final = 512
 def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: Sequence[str], attrs: Mapping[str, Any]) -> None:
     """Write a small coordinate in one chunk; along ``time`` the chunk has room, so that it never changes."""
     chunks = tuple(TIME_CHUNK if dim == "time" else size for dim, size in zip(dims, values.shape, strict=True))
+    there = group.get(name)
+    if isinstance(there, zarr.Array) and there.chunks == chunks and there.dtype == values.dtype:
+        # Readers of what was published before may look at any moment: nothing of it is taken away and put back.
+        if there.shape != values.shape:
+            there.resize(values.shape)
+        if dict(there.attrs) != dict(attrs):
+            there.attrs.put(dict(attrs))
+        if not np.array_equal(there[...], values):
+            there[...] = values
+        return
     array = group.create_array(
         name,
         shape=values.shape,

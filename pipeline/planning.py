@@ -103,7 +103,8 @@ def peak_bytes(recipe: Recipe, shape: tuple[int, int]) -> float:
     """Peak resident bytes of a worker with tasks of ``shape`` (rows, columns)."""
     scenes = sum(len(acquisition.items) for acquisition in recipe.acquisitions)
     files = min(recipe.open_files, scenes * (len(recipe.bands) + 1)) * OPEN_FILE_BYTES
-    return WORKER_BASE_BYTES + files + block_bytes(recipe, shape[1]) + task_bytes(recipe, *shape)
+    polygon = 0 if recipe.inside is None else recipe.inside.nbytes
+    return WORKER_BASE_BYTES + files + polygon + block_bytes(recipe, shape[1]) + task_bytes(recipe, *shape)
 
 
 def choose_cut(recipe: Recipe, shape: tuple[int, int], limit_gb: float) -> Recipe | None:

@@ -102,5 +102,6 @@ class Recipe:
         """The part of a polygon area inside a window of the grid; None where all is inside."""
         if self.inside is None:
             return None
-        whole = np.unpackbits(self.inside, axis=1, count=self.grid.width).view(bool)
-        return whole[rows[0] : rows[1], cols[0] : cols[1]]
+        first = cols[0] // 8  # of the window's bytes: a country's polygon is never unpacked as a whole
+        part = np.unpackbits(self.inside[rows[0] : rows[1], first : -(-cols[1] // 8)], axis=1).view(bool)
+        return part[:, cols[0] - 8 * first : cols[1] - 8 * first]

@@ -104,8 +104,9 @@ class Explorer:
         told = view_pixel.looks_at(opened, slot, *place)
         rows = [{**look, **look["values"]} for look in told["looks"]]
         if told["gated"]:
-            shares = view_pixel.gated_shares(opened, slot, *place)["shares"]
-            rows = [{**row, "share": shares.get(row["id"], 0.0)} for row in rows]
+            gate = view_pixel.gated_shares(opened, slot, *place)
+            absent = float("nan") if gate["said"] else 0.0  # not known is not nothing
+            rows = [{**row, "share": gate["shares"].get(row["id"], absent)} for row in rows]
         table = pd.DataFrame(rows, columns=["date", "state", *opened.bands, "share"])
         table["date"] = pd.to_datetime(table["date"])
         return table.set_index("date").astype(dict.fromkeys([*opened.bands, "share"], float))

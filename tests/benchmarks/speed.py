@@ -1,6 +1,6 @@
 """How fast is the job against a bare read, and against what a user would write instead? All side by side in one run.
 
-    uv run python tests/benchmarks/speed.py CACHE_FOLDER [--runs 5] [--peers 1] [--methods median,regression]
+    uv run python tests/benchmarks/speed.py CACHE_FOLDER [--runs 5] [--peers 1] [--methods M,M] [--grids aligned]
 
 Scenes: 12 dates of blue, green, red, nir and SCL as simulated COGs (blocks of 1024 px), 5120 x 5120 px; the area is
 4096 x 4096 px, aligned with the blocks and shifted by 300 px; from disk, and over loopback HTTP with 30 ms latency.
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=1, help="runs of each peer (a minute each); 0 leaves them out")
     parser.add_argument("--methods", default="median,regression")
     parser.add_argument("--sources", default="disk,http")
+    parser.add_argument("--grids", default="aligned,shifted", help="how the area lies on the files' blocks")
     given = parser.parse_args()
     items = speed_scenes(given.cache)
     methods = given.methods.split(",")
@@ -248,8 +249,8 @@ def main() -> None:
         served.write_text(json.dumps(served_items(items, server.url)))
         rows = []
         for source in given.sources.split(","):
-            for shifted in (False, True):
-                where = f"{source}, {'shifted' if shifted else 'aligned'}"
+            for grid in given.grids.split(","):
+                shifted, where = grid == "shifted", f"{source}, {grid}"
                 print(where, flush=True)
                 catalog = items if source == "disk" else served
                 request = request_of(catalog, "median", shifted=shifted)
