@@ -65,7 +65,8 @@ def test_the_wheel_carries_the_catalogs_and_nothing_of_the_tests(wheel):
     shipped = {path.name for path in (ROOT / "catalogs").glob("*.yaml")}
     assert len(shipped) >= 7
     assert {name.removeprefix("pipeline/catalogs/") for name in names if name.endswith(".yaml")} == shipped | {
-        "pipeline/weights/compact.yaml"
+        "pipeline/weights/compact.yaml",
+        "pipeline/weights/robust.yaml",
     }
     modules = {
         f"pipeline/{path.relative_to(ROOT / 'pipeline').as_posix()}" for path in (ROOT / "pipeline").rglob("*.py")

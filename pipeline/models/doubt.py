@@ -15,6 +15,10 @@ FLOOR = 2e-3
 """Reflectance below which deviations say nothing."""
 MOST = 6.0
 """Deviations beyond this many times the usual are cut."""
+NEAR = 0.1
+"""Clear pixels nearer to the gap than this, in units of ``nearness``, are its edge."""
+AT_FIRST = -3.0
+"""Before training the logarithm of the further noise is softplus(-3) = 0.05."""
 LEVEL_PX = 64.0
 """A look is levelled to the target by their common clear pixels; so many of them count as much as no change."""
 LEVEL_MOST = 0.1
@@ -22,16 +26,16 @@ LEVEL_MOST = 0.1
 
 
 class Doubt(nn.Module):
-    """How much more noise a clear pixel has than usual, as a logarithm; 0 everywhere before training."""
+    """How much more noise a clear pixel has than usual, as a logarithm; hardly any before training, never less."""
 
     def __init__(self, *, hidden: int = 12) -> None:
         super().__init__()
         self.look = nn.Sequential(
-            nn.Conv2d(9, hidden, 3, padding=1), nn.Mish(), nn.Conv2d(hidden, hidden, 1), nn.Mish()
+            nn.Conv2d(16, hidden, 3, padding=1), nn.Mish(), nn.Conv2d(hidden, hidden, 1), nn.Mish()
         )
         self.tell = nn.Conv2d(hidden, 1, 1)
         nn.init.zeros_(self.tell.weight)
-        nn.init.zeros_(self.tell.bias)  # type: ignore[arg-type]
+        nn.init.constant_(self.tell.bias, AT_FIRST)  # type: ignore[arg-type]
 
     def forward(self, residual: Tensor, usable: Tensor, nearness: Tensor, off: Tensor | None = None) -> Tensor:
         """(B, 1, H, W) from what the fit leaves over and how far the target lies off the middle look.
@@ -44,14 +48,24 @@ class Doubt(nn.Module):
         """
         facts = [nearness, usable]
         for one in (residual, residual if off is None else off):
-            unit = _usual(one, usable)
-            scaled = (one / unit).clamp(-MOST, MOST)
+            scaled = (one / _usual(one, usable)).clamp(-MOST, MOST)
             mean = scaled.mean(dim=1, keepdim=True)
             around = functional.avg_pool2d(mean, 5, 1, 2) / functional.avg_pool2d(usable, 5, 1, 2).clamp_min(0.04)
-            facts += [mean, scaled.abs().mean(dim=1, keepdim=True), around]
+            # cloud lifts all bands, shadow lowers all; a harvest does neither
+            facts += [mean, scaled.abs().mean(dim=1, keepdim=True), around, scaled.amin(1, True), scaled.amax(1, True)]
+        bright = torch.asinh(residual.mean(dim=1, keepdim=True) / 0.01)
+        near = usable * (nearness > -NEAR)
+        # a mask that misses cloud misses it at more than one place: what the whole edge looks like, and the rest
+        facts += [bright, *(_mean(bright.abs(), part).expand_as(bright) for part in (near, usable - near))]
         facts.append(torch.log(_usual(residual, usable)[:, :1] / FLOOR).expand_as(usable) * usable)
         answer: Tensor = self.tell(self.look(torch.cat(facts, dim=1)))
-        return answer.clamp(-2.0, 8.0) * usable
+        return functional.softplus(answer).clamp_max(8.0) * usable
+
+
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    """(B, 1, 1, 1): the mean of (B, 1, H, W) over pixels that count."""
+    total = (values * counts).sum(dim=(2, 3), keepdim=True)
+    return total / counts.sum(dim=(2, 3), keepdim=True).clamp_min(1.0)
 
 
 def _usual(values: Tensor, usable: Tensor) -> Tensor:

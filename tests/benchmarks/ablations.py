@@ -33,9 +33,9 @@ from pipeline.samples import Sample, open_store, split_samples
 from pipeline.train import train
 from pipeline.training_folder import STEPS
 
-RECIPE = Path(__file__).parents[2] / "pipeline" / "weights" / "compact.yaml"
+RECIPE = Path(__file__).parents[2] / "pipeline" / "weights" / "robust.yaml"
 UNSEEN = "flanders_31ues"
-COMPACT = {"name": "compact", "doubt": True, "middle": True}
+COMPACT = {"name": "compact", "doubt": True, "middle": True, "local": True}
 SMALL = {"name": "small", "prior": "base", "extra_inputs": ["known", "prior", "scale"], "unit": "scale"}
 RATIO = {"charbonnier": 0, "log_ratio": 1}
 """Loss of the small network, which answers no sigma; the compact one keeps the recipe's."""
@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compact: no kriging": {"model": COMPACT | {"kriging": False, "doubt": False}},
     "compact: no doubt": {"model": COMPACT | {"doubt": False}},
     "compact: no middle": {"model": COMPACT | {"middle": False}},
+    "compact: gate alike everywhere": {"model": COMPACT | {"local": False}},
     # the paper's network in its small form
     "small": {"model": SMALL, "loss": RATIO},
     "small: gate only": {"model": SMALL | {"unet": False}, "loss": RATIO},
@@ -189,9 +190,9 @@ def paper(out: Path, steps: int) -> Row:
         store=out / "samples-paper-6-bands",
         out=out / "paper",
         bands=bands,
-        sources=[{"name": "sim", "simulate": {"seeds": 2, "size_px": 96, "dates": [6, 8]}}],
+        sources=[{"name": "sim", "simulate": {"seeds": 4, "size_px": 96, "dates": [8, 10]}}],
         cases={"mode": "paper", "patch_px": 96, "max_looks": 6},
-        split={"validation": ["sim-1001"]},
+        split={"validation": ["sim-1003"]},
         model={"name": "paper"},
         loss={"charbonnier": 0, "mse": 1},
         fit={
