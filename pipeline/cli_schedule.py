@@ -69,7 +69,7 @@ def tick(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run what is due, and exit: 0 all well, 1 a period stands as failed (it is tried again later).
+    """Run what is due, and exit: 0 all well, 1 a period stands as failed (tried again later) or an area is broken.
 
     Example: [bold]cloudgate schedule tick austria.yaml --set cluster.kind=kubernetes[/bold]
     """
@@ -166,7 +166,7 @@ def _answer(report: "TickReport", as_json: bool) -> None:
         print_json(report.__dict__ | {"failed": report.failed})
     else:
         _show(report)
-    if report.failed:
+    if report.failed or report.broken:
         raise typer.Exit(1)
 
 

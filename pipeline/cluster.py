@@ -62,6 +62,14 @@ def connect(spec: Cluster, *, memory_gb_per_worker: float) -> Iterator[Client]:
         yield client
 
 
+def answers(client: Any) -> bool:
+    """Whether a client's scheduler is still there."""
+    try:
+        return bool(client.status == "running" and client.scheduler_info())
+    except Exception:  # whatever a connection that ended raises
+        return False
+
+
 def environment_of(spec: Cluster) -> dict[str, str]:
     """Settings that workers adopt; local processes inherit them anyway."""
     return {} if spec.kind.startswith("local") else forwarded()

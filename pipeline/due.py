@@ -96,11 +96,11 @@ def _stand(
         if awaited:
             return Standing(period, "waiting", why="not over, or late scenes may still come", at=ripe)
         return Standing(period, "due", run=True, why="never built", look=True)
-    if entry.state == "running":
-        return Standing(period, "running", run=True, why=f"since {entry.at} (or it was killed)", look=True)
     fresh = len(set(items[slot]) - set(entry.items or ())) if items is not None and slot in items else None
+    if entry.state == "running":
+        return _killed(period, entry, now, spec, slot in events)
     if entry.state == "failed":
-        return _failed(period, entry, now, spec, bool(fresh))
+        return _failed(period, entry, now, spec, bool(fresh) or slot in events, slot in window)
     state: State = "empty" if entry.state == "empty" else "done"
     if awaited:
         return Standing(period, state, why="before its end; checked again then", at=ripe)
@@ -120,11 +120,23 @@ def early(entry: Entry, ripe: datetime, now: datetime) -> bool:
     return instant(entry.at) < ripe or instant(entry.at) > now + CLOCK_SLACK
 
 
-def _failed(period: Period, entry: Entry, now: datetime, spec: Schedule, new: bool) -> Standing:
+def _killed(period: Period, entry: Entry, now: datetime, spec: Schedule, new: bool) -> Standing:
+    """Of a run that goes on, or did not live to tell; one that ends its runs again and again waits, and is given up."""
+    why = f"since {entry.at} (or it was killed)"
+    if entry.attempts and not new and instant(entry.at) <= now + CLOCK_SLACK:
+        if entry.attempts > spec.retries.most:
+            return Standing(period, "failed", why=f"gave up after {entry.attempts} runs that were killed or failed")
+        again = instant(entry.at) + spec.retries.wait(entry.attempts)
+        if again > now:
+            return Standing(period, "running", why=f"{why}, after {entry.attempts} tries", at=again)
+    return Standing(period, "running", run=True, why=why, look=True)
+
+
+def _failed(period: Period, entry: Entry, now: datetime, spec: Schedule, new: bool, look: bool) -> Standing:
     if new:
         return Standing(period, "failed", run=True, why=f"new scenes since; {entry.message}", look=True)
     if entry.attempts > spec.retries.most:
-        return Standing(period, "failed", why=f"gave up after {entry.attempts} tries; {entry.message}")
+        return Standing(period, "failed", why=f"gave up after {entry.attempts} tries; {entry.message}", look=look)
     again = instant(entry.retry_at) if entry.retry_at else now
     if again <= now or instant(entry.at) > now + CLOCK_SLACK:
         return Standing(period, "failed", run=True, why=f"try {entry.attempts + 1}; {entry.message}", look=True)

@@ -15,11 +15,11 @@ from pipeline.request import SEARCH_MARGIN_M
 from pipeline.schedule import LoadedSchedule, Series
 
 
-def slots_of(item: Mapping[str, Any], series: Series, schedule: LoadedSchedule, now: datetime) -> list[int]:
-    """The slots a new scene belongs to, with look-back; none where it lies outside the area or the schedule."""
+def slots_of(item: Mapping[str, Any], series: Series, schedule: LoadedSchedule, now: datetime) -> dict[int, set[str]]:
+    """Slot -> ids of the new scenes that belong to it, with look-back; none outside the area or the schedule."""
     region = region_of(series.job.area)
     area = bbox_polygon(region.lonlat_bounds(SEARCH_MARGIN_M))
-    slots: set[int] = set()
+    slots: dict[int, set[str]] = {}
     for one in features(item):
         try:
             place, when = footprint(one), item_time(one)
@@ -27,8 +27,10 @@ def slots_of(item: Mapping[str, Any], series: Series, schedule: LoadedSchedule, 
             raise ConfigError(f"--item: {error}") from error
         if area.intersects(place):
             day = solar_day(when, region.centre[0])
-            slots |= {p.slot for p in begun(series, schedule.spec, now) if p.look_start <= day <= p.end}
-    return sorted(slots)
+            for period in begun(series, schedule.spec, now):
+                if period.look_start <= day <= period.end:
+                    slots.setdefault(period.slot, set()).add(str(one.get("id")))
+    return slots
 
 
 def features(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:

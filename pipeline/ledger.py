@@ -32,7 +32,7 @@ class Entry:
         at: when it was written (ISO, UTC).
         key: the period's identity (``identity.period_key``) that was built.
         items: keys of its scenes, sorted; None where they are not known (ledger made again from the store).
-        attempts: tries that failed in a row.
+        attempts: tries that failed, or were killed, in a row.
         retry_at: when the next try is due (ISO, UTC); empty where none is.
         message: what happened, in words.
         new: scenes that appeared since, as the last search saw them.

@@ -7,7 +7,7 @@ One tick searches once per area and span, builds what ``due`` says, one period a
 import traceback
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import hooks
 from pipeline import ledger as ledgers
 from pipeline.agenda import choose, keys_of, ledger_of, spans
-from pipeline.cluster import connect
+from pipeline.cluster import answers, connect
 from pipeline.due import Standing, begun, clock_warning, describe, due, early, ripe_at
 from pipeline.errors import (
     CloudgateError,
@@ -25,10 +25,10 @@ from pipeline.errors import (
     StoreBusyError,
     TooManyFailuresError,
 )
-from pipeline.events import features, slots_of
+from pipeline.events import slots_of
 from pipeline.identity import period_key
 from pipeline.items import EPOCH, day_text
-from pipeline.ledger import Entry, Ledger
+from pipeline.ledger import DamagedLedger, Entry, Ledger
 from pipeline.lock import hold
 from pipeline.mosaic import build
 from pipeline.periods import Period
@@ -47,11 +47,13 @@ class TickReport:
         built: one report per period that was built, as the hooks get it.
         standings: area -> every period that is not simply done or waiting, after the tick.
         warnings: clock, hooks, areas that another run works on, ledgers made again.
+        broken: area -> why nothing could be done there, or not all of it.
     """
 
     built: list[dict[str, Any]] = field(default_factory=list)
     standings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -71,7 +73,9 @@ class Ticker:
     report: TickReport
     stack: ExitStack
     client: Any = None
-    announced: frozenset[str] = frozenset()
+    ours: bool = True
+    lost: bool = False
+    announced: Mapping[int, set[str]] = field(default_factory=dict)
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     def connected(self, series: Series) -> Any:
@@ -82,6 +86,13 @@ class Ticker:
                 connect(job.cluster, memory_gb_per_worker=job.limits.memory_gb_per_worker)
             )
         return self.client
+
+    def let_go(self) -> None:
+        """Release a cluster of ours that does not answer any more, so that the next period gets another."""
+        if self.ours and not answers(self.client):
+            self.client = None
+            with suppress(Exception):
+                self.stack.close()
 
     def warn(self, text: str) -> None:
         """Something a person should read."""
@@ -121,12 +132,11 @@ def tick(
     """
     now = now or datetime.now(UTC)
     with ExitStack() as stack:
-        ticker = Ticker(schedule, now, progress or Silent(), TickReport(), stack, client)
-        ticker.announced = frozenset(str(one.get("id")) for one in features(item)) if item else frozenset()
+        ticker = Ticker(schedule, now, progress or Silent(), TickReport(), stack, client, client is None)
         for series in choose(schedule, areas, part):
             wanted = None
             if item is not None:
-                wanted = slots_of(item, series, schedule, now)
+                ticker.announced = wanted = slots_of(item, series, schedule, now)
                 if not wanted:
                     continue
             _locked(ticker, series, lambda s=series, w=wanted: _tick_area(ticker, s, w))  # type: ignore[misc]
@@ -171,7 +181,7 @@ def backfill(
         )
     days = ((first - EPOCH).days, (last - EPOCH).days)
     with ExitStack() as stack:
-        ticker = Ticker(schedule, now, progress or Silent(), TickReport(), stack, client)
+        ticker = Ticker(schedule, now, progress or Silent(), TickReport(), stack, client, client is None)
         for series in choose(schedule, areas, part):
             _locked(ticker, series, lambda s=series: _backfill_area(ticker, s, days, again))  # type: ignore[misc]
     return ticker.report
@@ -181,12 +191,17 @@ def backfill(
 
 
 def _locked(ticker: Ticker, series: Series, work: Callable[[], None]) -> None:
-    """Do one area's work under its lock; an area that another run works on is told and left to it."""
+    """Do one area's work under its lock; an area that another run works on, or that is broken, is told and left."""
     try:
         with hold(RunFolder(series.store)):
             work()
     except StoreBusyError as error:
         ticker.warn(f"{series.area}: left out of this tick: {error}")
+    except (CloudgateError, DamagedLedger) as error:
+        if ticker.lost:
+            raise  # no other area would fare better
+        ticker.report.broken[series.area] = without_secrets(str(error))
+        ticker.warn(f"{series.area}: cannot be worked on: {error}")
 
 
 def _tick_area(ticker: Ticker, series: Series, events: Collection[int] | None) -> None:
@@ -197,7 +212,7 @@ def _tick_area(ticker: Ticker, series: Series, events: Collection[int] | None) -
     slots = [s.period.slot for s in standings if s.look and (events is None or s.period.slot in events)]
     for request, some in _searched(ticker, series, slots, periods):
         items = keys_of(request, some)
-        _missed(ticker, request)
+        _missed(ticker, request, some)
         for one in due(periods, items, ledger, now, spec, events=events or ()):
             if one.period.slot in some:
                 if one.run:
@@ -207,9 +222,10 @@ def _tick_area(ticker: Ticker, series: Series, events: Collection[int] | None) -
     _summarise(ticker, series, periods)
 
 
-def _missed(ticker: Ticker, request: Request) -> None:
-    """Tell which announced scenes the catalog does not show, or which cannot be used."""
-    missing = ticker.announced - {item.id for item in request.found.items}
+def _missed(ticker: Ticker, request: Request, slots: Sequence[int]) -> None:
+    """Tell which scenes announced for these slots the catalog does not show, or which cannot be used."""
+    announced = {scene for slot in slots for scene in ticker.announced.get(slot, ())}
+    missing = announced - {item.id for item in request.found.items}
     if missing:
         ticker.warn(
             f"announced, but not (yet) in {request.found.source}, or not usable: {', '.join(sorted(missing)[:5])}; a "
@@ -258,8 +274,11 @@ def _searched(
         except CloudgateError as error:
             for slot in span:
                 entry = _entry(series, slot)
-                if isinstance(error, NoItemsError) and entry and entry.state in ("done", "empty"):
-                    continue  # scenes that a catalog forgot do not undo a mosaic
+                if entry and entry.state in ("done", "empty"):
+                    # Neither scenes that a catalog forgot nor one that does not answer undo a mosaic.
+                    if not isinstance(error, NoItemsError):
+                        ticker.warn(f"{series.area} {day_text(by_slot[slot].start)}: not searched: {error}")
+                    continue
                 _failed(ticker, series, by_slot[slot], error, ())
         else:
             yield request, span
@@ -300,8 +319,14 @@ def _build(
         client = ticker.connected(series)
     except CloudgateError as error:
         _failed(ticker, series, period, error, items)
+        ticker.lost = True
         raise  # no other period would fare better
-    _record(ticker, series, period.slot, lambda entry: replace(entry, state="running", at=at, run=ticker.run))
+    killed = bool(before and before.state == "running")  # the try before did not live to tell
+
+    def begin(entry: Entry) -> Entry:
+        return replace(entry, state="running", at=at, attempts=entry.attempts + killed, run=ticker.run)
+
+    _record(ticker, series, period.slot, begin)
     try:
         summary = build(
             job=series.job, request=request, slots=[period.slot], anew=anew, client=client, progress=ticker.progress
@@ -312,6 +337,7 @@ def _build(
         if not isinstance(error, CloudgateError):
             ticker.progress.say(traceback.format_exc())
         _failed(ticker, series, period, error, items)
+        ticker.let_go()
         return
     # The key of what was made, which may be older than this recipe: its scenes are the same.
     key = summary.periods[0].get("key", "")

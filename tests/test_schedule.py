@@ -18,7 +18,7 @@ from pipeline import periodic as ticks
 from pipeline.agenda import listing
 from pipeline.cli import app
 from pipeline.due import begun, due
-from pipeline.errors import CatalogError, ConfigError, RequestError, StoreMismatchError, TooManyFailuresError
+from pipeline.errors import CatalogError, ConfigError, RunError, StoreMismatchError, TooManyFailuresError
 from pipeline.events import read_item
 from pipeline.ledger import DamagedLedger, Entry, Ledger
 from pipeline.lock import hold
@@ -28,6 +28,8 @@ from pipeline.periodic import backfill, tick
 from pipeline.records import RunFolder
 from pipeline.schedule import load_schedule
 from pipeline.store import open_mosaic
+
+AFAR = {"bbox": [20.0, 40.0, 20.1, 40.1]}
 
 
 def at(text: str) -> datetime:
@@ -252,8 +254,82 @@ def test_a_catalog_that_does_not_answer_is_a_failure_and_one_without_scenes_an_e
     assert {b["state"] for b in world.tick("2021-07-03T06:00:00").built} == {"done"}
 
 
+def test_a_catalog_that_does_not_answer_leaves_finished_periods_as_they_are(world, monkeypatch):
+    world.tick("2021-06-23")
+    whole = world.ledger().periods[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(ticks, "resolve", lambda job, slots: (_ for _ in ()).throw(CatalogError("catalog: no answer")))
+        report = world.tick("2021-07-03")
+    assert [(b["slot"], b["state"]) for b in report.built] == [(1, "failed")]
+    assert world.ledger().periods[0] == whole
+    assert report.warnings == ["corner 2021-06-11: not searched: catalog: no answer"]
+
+
+def test_a_cluster_that_dies_in_a_tick_is_brought_up_again_for_the_next_period(world, monkeypatch, cluster_fields):
+    real, clients = ticks.build, []
+
+    def dies_once(**arguments):
+        clients.append(arguments["client"])
+        if len(clients) == 1:
+            clients[0].close()  # as when its scheduler is gone
+            raise RunError("the scheduler is gone")
+        assert arguments["client"].submit(int, "3").result() == 3
+        return real(**arguments | {"client": world.client})
+
+    monkeypatch.setattr(ticks, "build", dies_once)
+    job = yaml.safe_load(world.write().read_text())["job"] | {"cluster": cluster_fields}
+    report = tick(schedule=world.load(job=job), now=at("2021-07-14"))
+    assert [(b["slot"], b["state"]) for b in report.built] == [(0, "failed"), (1, "done"), (2, "done")]
+    assert clients[1] is clients[2]  # one that answers is kept
+    assert {client.status for client in clients} == {"closed"}  # all are released
+
+
+def test_a_period_that_kills_its_run_waits_longer_each_time_and_is_given_up(world, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(**arguments):
+        raise Killed
+
+    monkeypatch.setattr(ticks, "build", kill)
+    retries, now, ran = {"most": 2, "wait_hours": 1, "factor": 2}, at("2021-06-23"), []
+    for hour in range(12):
+        try:
+            report = world.tick(f"{now + timedelta(hours=hour):%Y-%m-%dT%H:%M}", retries=retries)
+        except Killed:
+            ran.append(hour)
+    assert ran == [0, 1, 2, 4]  # at once after the first, then with back-off
+    assert "gave up after 3 runs" in report.failed[0]["why"]
+    with pytest.raises(Killed):  # a person may insist
+        backfill(schedule=world.load(retries=retries), first=date(2021, 6, 11), last=date(2021, 6, 20),
+                 now=at("2021-06-24"), client=world.client)  # fmt: skip
+
+
+def test_a_scene_announced_for_a_period_that_was_given_up_tries_it_again(world):
+    world.load()
+    entry = Entry("failed", at("2021-06-23").isoformat(), attempts=9, message="gave up")
+    ledgers.change(RunFolder("corner.zarr").objects, "corner", lambda ledger: ledger.periods.update({0: entry}))
+    assert world.tick("2021-07-23", end="2021-06-20", revisit=0).built == []
+    items = json.loads((world.folder / "items.json").read_text())["features"]
+    item = next(f for f in items if "2021-06-11" <= f["properties"]["datetime"][:10] <= "2021-06-16")
+    loaded = world.load(end="2021-06-20", revisit=0)
+    report = tick(schedule=loaded, now=at("2021-07-23"), item=item, client=world.client)
+    assert [b["state"] for b in report.built] == ["done"]
+
+
+def test_a_batch_of_announced_scenes_warns_only_of_those_that_are_missed(world):
+    """They belong to two periods with one between, so to two searches."""
+    items = json.loads((world.folder / "items.json").read_text())["features"]
+    day = {n: next(f for f in items if f["properties"]["datetime"].startswith(n)) for n in ("2021-06-1", "2021-07-0")}
+    batch = {"type": "FeatureCollection", "features": list(day.values())}
+    loaded = world.load(areas={"corner": {"bbox": world.small.bbox((40, 160), (120, 240))}, "afar": AFAR})
+    report = tick(schedule=loaded, now=at("2021-07-14"), item=batch, client=world.client)
+    assert [(b["area"], b["slot"], b["state"]) for b in report.built] == [("corner", 0, "done"), ("corner", 2, "done")]
+    assert report.warnings == []
+
+
 def test_a_new_scene_is_used_at_once_in_its_areas_and_periods(world):
-    areas = {"corner": {"bbox": world.small.bbox((40, 160), (120, 240))}, "afar": {"bbox": [20.0, 40.0, 20.1, 40.1]}}
+    areas = {"corner": {"bbox": world.small.bbox((40, 160), (120, 240))}, "afar": AFAR}
     features = json.loads((world.folder / "items.json").read_text())["features"]
     seen = [f for f in features if f["properties"]["datetime"][:10] <= "2021-06-16"]
     world.appear(lambda fs: [f for f in fs if f["id"] in {s["id"] for s in seen}])
@@ -428,9 +504,14 @@ def test_a_ledger_of_a_newer_version_is_left_alone(world):
     path = world.folder / "corner.zarr.run" / "ledger.json"
     newer = path.read_text().replace('"version": 1', '"version": 2')
     path.write_text(newer)
-    with pytest.raises(RequestError, match="update cloudgate"):
-        world.tick("2021-06-24")
+    areas = {name: {"bbox": world.small.bbox((40, 160), (120, 240))} for name in ("corner", "other")}
+    report = world.tick("2021-06-24", areas=areas)
     assert path.read_text() == newer
+    assert "update cloudgate" in report.broken["corner"]
+    assert "corner: cannot be worked on" in report.warnings[0]
+    assert [(b["area"], b["state"]) for b in report.built] == [("other", "done")]  # the areas after it are served
+    told = _run("tick", world.write(areas=areas, end="2021-06-20"), "--area", "corner", "--json")
+    assert (told.exit_code, "update cloudgate" in json.loads(told.stdout)["broken"]["corner"]) == (1, True)
 
 
 def test_a_schedule_with_another_start_is_refused_and_nothing_is_lost(world):

@@ -17,8 +17,8 @@ import pipeline
 def tick_area(schedule: str, area: str) -> list[dict[str, Any]]:
     """Run what is due in one area; a period that stands as failed fails the task, so that Prefect shows it."""
     report = pipeline.tick(schedule=pipeline.load_schedule(schedule), areas=[area])
-    if report.failed:
-        raise RuntimeError("; ".join(f"{one['start']}: {one['why']}" for one in report.failed))
+    if faults := [*(f"{one['start']}: {one['why']}" for one in report.failed), *report.broken.values()]:
+        raise RuntimeError("; ".join(faults))
     return report.built
 
 
