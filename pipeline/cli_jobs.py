@@ -99,7 +99,7 @@ def mosaic(
 
 def status(
     store: Annotated[str, typer.Argument(help="Zarr store of a job.", show_default=False)],
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all is finished.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all ended.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -117,6 +117,6 @@ def status(
                 print_json(found)
             else:
                 show_status(found)
-            if not watch or all(period["state"] == "finished" for period in found["periods"]):
+            if not watch or all(period["state"] != "unfinished" for period in found["periods"]):
                 return
             time.sleep(5)

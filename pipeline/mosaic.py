@@ -274,10 +274,10 @@ def _build_period(request: Request, period: Period, context: RunContext, seen: S
     acquisitions = acquisitions_of(request, period)
     if not acquisitions:
         message = f"no scene from {day_text(period.look_start)} to {day_text(period.end)}"
+        empty = _leave_empty(outcome, message, period, context)
         if len(request.schedule) == 1:
             raise NoItemsError(f"{message}; widen time or the area")
-        progress.say(f"{outcome['start']}: {message}, its slot stays empty")
-        return {**outcome, "published": False, "message": message}
+        return empty
     context.connect()  # a cluster that does not come up is told before the scout begins
     record = run.read(name, "scout.json")
     if seen is None or record:
@@ -304,14 +304,22 @@ def _build_period(request: Request, period: Period, context: RunContext, seen: S
     if not facts["filled"]:
         span = f"{day_text(period.look_start)} to {day_text(period.end)}"
         message = f"no look is clear anywhere from {span}: all {len(acquisitions)} acquisitions are clouded"
+        empty = _leave_empty(outcome, message, period, context)
         if len(request.schedule) == 1:
             raise NothingClearError(f"{message}; widen time or lookback_days, or loosen mask")
-        progress.say(f"{outcome['start']}: {message}, its slot stays empty")
-        return {**outcome, "published": False, "message": message}
+        return empty
     publish_period(request, period, seen, context)
     key = period_key(job, period, [item_key(item) for a in acquisitions for item in a.items])
     outcome |= {"published": True, "message": "finished", "key": key, "anchors": anchor_names(seen, acquisitions)}
     run.write(outcome, name, "manifest.json")
+    return outcome
+
+
+def _leave_empty(outcome: dict[str, Any], message: str, period: Period, context: RunContext) -> dict[str, Any]:
+    """Write down that a period shows nothing; the next run looks again."""
+    context.progress.say(f"{outcome['start']}: {message}, its slot stays empty")
+    outcome = {**outcome, "published": False, "message": message}
+    context.records.write(outcome, context.records.period(period.slot), "manifest.json")
     return outcome
 
 

@@ -1,14 +1,17 @@
 """How far is it? In come the run records of a store, out comes each period's state; works while a run goes on."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline.errors import StoreMismatchError
+from pipeline import ledger as ledgers
+from pipeline.errors import RequestError, StoreMismatchError
 from pipeline.grid import Grid
 from pipeline.items import day_text
 from pipeline.jobfile import job_from_dict
+from pipeline.ledger import DamagedLedger
 from pipeline.periods import first_periods, periods
 from pipeline.records import RunFolder
 
@@ -17,8 +20,8 @@ def status(store: str | Path) -> dict[str, Any]:
     """How far a store is, from its run records.
 
     Returns:
-        ``store`` and, per period, its dates, state (``finished``, ``unfinished``), shards done and in all, share of
-        filled pixels in percent, failed reads.
+        ``store`` and, per period, its dates, state (``finished``, ``empty``: nothing to show, ``unfinished``), shards
+        done and in all, share of filled pixels in percent, failed reads.
 
     Raises:
         StoreMismatchError: if no run of ours is recorded there.
@@ -34,16 +37,18 @@ def status(store: str | Path) -> dict[str, Any]:
     out = []
     job = job_from_dict(record["job"])
     series = record["wish"].get("series", False)
+    empty = _without_scenes(run) if series else set()
     for period in first_periods(job, max(run.slots(), default=-1) + 1) if series else periods(job):
         facts = tally(run.marks(period.slot))
         manifest = run.read(run.period(period.slot), "manifest.json") or {}
+        ended = "empty" if manifest or period.slot in empty else "unfinished"
         pixels = facts["filled"] + facts["unfilled"]
         out.append(
             {
                 "slot": period.slot,
                 "start": day_text(period.start),
                 "end": day_text(period.end),
-                "state": "finished" if manifest.get("published") else "unfinished",
+                "state": "finished" if manifest.get("published") else ended,
                 "shards_done": facts["shards"],
                 "shards": shards,
                 "filled_percent": round(100 * facts["filled"] / pixels, 3) if pixels else None,
@@ -51,6 +56,14 @@ def status(store: str | Path) -> dict[str, Any]:
             }
         )
     return {"store": str(store), "periods": out}
+
+
+def _without_scenes(run: RunFolder) -> set[int]:
+    """Slots for which a schedule found nothing to show; none where its ledger cannot be read."""
+    with suppress(DamagedLedger, RequestError):
+        if ledger := ledgers.load(run.objects):
+            return {slot for slot, entry in ledger.periods.items() if entry.state == "empty"}
+    return set()
 
 
 def tally(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:

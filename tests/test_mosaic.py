@@ -300,7 +300,7 @@ def test_an_empty_period_keeps_its_slot_and_the_others_are_published(small, tmp_
     assert not raw["red"][0].any()
     assert not raw["red"][2].any()
     states = [p["state"] for p in status(store)["periods"]]
-    assert states == ["unfinished", "finished", "unfinished", "finished"]
+    assert states == ["empty", "finished", "empty", "finished"]
     # each published slot is what a job of that month alone would hold
     alone = tmp_path / "june.zarr"
     june = fields | {"time": {"start": "2021-06-01", "end": "2021-06-30"}, "catalog": str(items)}

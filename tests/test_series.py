@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import xarray as xr
 from small_region import InlineClient, SmallRegion, objects, same_objects
+from typer.testing import CliRunner
 
 from pipeline import mosaic, runner
+from pipeline.cli import app
 from pipeline.config import Job
-from pipeline.errors import StoreError
+from pipeline.errors import NothingClearError, StoreError
 from pipeline.flight import Orders
 from pipeline.mosaic import build
 from pipeline.objects import objects_at
 from pipeline.records import RunFolder
+from pipeline.status import status
 from pipeline.store import open_mosaic
 
 
@@ -126,3 +129,25 @@ def test_a_task_of_a_killed_tick_does_not_write_into_the_period_begun_again(seri
     with pytest.raises(StoreError, match="another run began it anew"):
         runner.coarsen((0, 0), 1, (str(tmp_path / "m.zarr"), None, (), False), 0, "", Orders(fence=old))
     assert objects(tmp_path / "m.zarr") == after
+
+
+def test_status_tells_an_empty_slot_and_watching_ends(series, small, monkeypatch, tmp_path):
+    catalog = small.changed_items(
+        tmp_path / "items.json", lambda fs: [f for f in fs if f["properties"]["datetime"] > "2021-06-21"]
+    )
+    client, job = InlineClient(monkeypatch), series(catalog=str(catalog))
+    build(job=job, slots=[0, 1], client=client)
+    store = tmp_path / "m.zarr"
+    assert [p["state"] for p in status(store)["periods"]] == ["empty", "finished"]
+    watched = CliRunner().invoke(app, ["status", str(store), "--watch", "--json"])
+    assert watched.exit_code == 0, watched.output
+    build(job=series(), slots=[0], client=client)  # it is looked for again, and its scenes came
+    assert [p["state"] for p in status(store)["periods"]] == ["finished", "finished"]
+
+
+def test_status_of_a_job_of_which_nothing_is_clear(series, small, tmp_path, monkeypatch):
+    mask = {"asset": "scl", "cloud": list(range(1, 12)), "temporal_check": False}
+    job = series(time={"start": "2021-06-11", "end": "2021-06-20"}, target="2021-06-15", mask=mask)
+    with pytest.raises(NothingClearError):
+        build(job=job, client=InlineClient(monkeypatch))
+    assert [p["state"] for p in status(tmp_path / "m.zarr")["periods"]] == ["empty"]
