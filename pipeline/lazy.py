@@ -269,8 +269,10 @@ def _map(cube: xr.Dataset, marks: Any, depth: int, block: Blocks, leading: tuple
         return block(np.ascontiguousarray(codes), np.ascontiguousarray(clear), top, left, core)
 
     if depth:
-        codes = da.overlap.overlap(codes, {2: depth, 3: depth}, boundary="none")
-        clear = da.overlap.overlap(clear, {1: depth, 2: depth}, boundary="none")
+        # along an axis of one chunk there is no neighbour, and the cube may be narrower than the halo
+        rows, cols = (depth if len(sizes) > 1 else 0 for sizes in spatial)
+        codes = da.overlap.overlap(codes, {2: rows, 3: cols}, boundary="none")
+        clear = da.overlap.overlap(clear, {1: rows, 2: cols}, boundary="none")
     out_axes = len(leading) + 2
     clear = clear[:, None]
     chunks = (*((n,) for n in leading), *spatial)

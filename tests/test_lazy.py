@@ -51,6 +51,14 @@ def test_lazy_and_job_agree_byte_for_byte(small, method):
     assert ((block.flags & FLAGS["no_data"]) == 0).mean() > 0.9
 
 
+def test_a_cube_narrower_than_the_halo_is_composed(small):
+    request, seen, asked = recipe(small.job(area={"bbox": small.bbox((200, 260), (100, 160))}))
+    cube = _cube(request, seen, asked.grid)
+    made = compose(cube=cube, clouds=cloud_mask(cube=cube), method="regression", anchors=None).compute()
+    assert max(made.sizes["y"], made.sizes["x"]) < 100
+    assert np.isfinite(made["red"].values).mean() > 0.9
+
+
 def test_nothing_is_computed_and_nothing_is_read(small, monkeypatch):
     request, seen, asked = recipe(small.job(method={"name": "regression"}))
 
