@@ -328,12 +328,17 @@ def _png(picture: RGBA) -> bytes:
 
 
 def before_of(store: ViewStore, slot: int) -> dict[str, Any] | None:
-    """The least cloudy acquisition that the run kept: ``label`` and ``bounds`` (left, bottom, right, top); or None."""
+    """The least cloudy acquisition that the run kept, or None.
+
+    ``label``, ``bounds`` (left, bottom, right, top) and ``bands``: which are shown as red, green and blue.
+    """
     kept = _before(store, slot)
     if kept is None:
         return None
     grid, _ = coarse_grid(store.grid, 0, most_px=BEFORE_PX)
-    return {"label": kept[0], "bounds": list(grid.bounds)} if grid.shape == kept[1].shape[1:] else None
+    if grid.shape != kept[1].shape[1:]:
+        return None
+    return {"label": kept[0], "bounds": list(grid.bounds), "bands": list(rgb_bands(store.bands))}
 
 
 def before_png(store: ViewStore, slot: int, span: list[float], gamma: float) -> bytes:

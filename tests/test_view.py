@@ -129,6 +129,7 @@ def test_a_layer_tile_or_stretch_that_is_not_there(months):
 def test_the_picture_before_lies_on_the_mosaic(months):
     told = view_tiles.before_of(months, 1)
     assert told["label"].startswith("2021-07")
+    assert told["bands"] == ["red", "green", "blue"]
     left, bottom, right, top = told["bounds"]
     assert (left, bottom, right, top) == months.grid.bounds
     assert _pixels(view_tiles.before_png(months, 1, [0.0, 0.2] * 3, 1.0)).shape[:2] == months.grid.shape

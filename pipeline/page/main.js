@@ -130,22 +130,21 @@ async function otherPane(main) {
   const [what, rest] = [state.compare.split(":")[0], state.compare.slice(state.compare.indexOf(":") + 1)];
   if (what === "off") return null;
   if (what === "before") {
-    const true_ = await layerOf(store(), state.slot, `rgb:${rgb().join(",")}`);
-    return { image: `before/${store().id}/${state.slot}.png?range=${true_.range.join(",")}&gamma=${state.gamma}&t=${store().token}`, bounds: period().before.bounds, name: `before: ${period().before.label}` };
+    const { bands, bounds, label } = period().before;
+    const same = await layerOf(store(), state.slot, `rgb:${bands.join(",")}`);
+    const colours = bands.join() === "red,green,blue" ? "" : ` (${bands.join(", ")})`;
+    return { image: `before/${store().id}/${state.slot}.png?range=${same.range.join(",")}&gamma=${state.gamma}&t=${store().token}`, bounds, name: `before: ${label}${colours}` };
   }
   if (what === "layer") return { ...(await layerOf(store(), state.slot, rest)), name: titleOf(rest) };
   if (what === "slot") return { ...(await layerOf(store(), +rest, state.layer)), name: store().periods.find((p) => p.slot === +rest).target };
   const other = facts.stores[+rest];
   const there = other.periods.find((p) => p.target === period().target) ?? other.periods.at(-1);
   const pane = await layerOf(other, there.slot, state.layer);
-  if (state.layer.startsWith("rgb")) { // one stretch for both, or the eye compares stretches
-    const query = main.key.split("?")[1].replace(/&t=.*/, `&t=${other.token}`);
-    pane.url = (level, row, col) => `tile/${other.id}/${there.slot}/${level}/${row}/${col}.png?${query}`;
-  }
+  // one stretch for both, the legend's: or the eye compares stretches, and one colour means two dates
+  const query = main.key.split("?")[1].replace(/&t=.*/, `&t=${other.token}`);
+  pane.url = (level, row, col) => `tile/${other.id}/${there.slot}/${level}/${row}/${col}.png?${query}`;
   return { ...pane, name: `${there.method} (${other.name}), ${there.target}` };
 }
-
-const rgb = () => (["red", "green", "blue"].every((b) => store().bands.includes(b)) ? ["red", "green", "blue"] : combos()[0][0].slice(4).split(","));
 
 async function redraw() {
   const mine = ++turn;
@@ -450,6 +449,7 @@ async function begin() {
     pick,
     busy: (n) => { $("busy").classList.toggle("on", n > 0); $("busy").style.width = n ? `${100 - Math.min(n, 8) * 10}%` : "100%"; document.documentElement.dataset.map = "loading"; },
     idle: () => { if (drawn !== turn) return; document.documentElement.dataset.map = "ready"; if (!begin.done) performance.mark("first-picture"); begin.done = true; },
+    failed: () => say("Some of the picture cannot be read: what stands there is coarser, or missing."),
   });
   listen();
   const inset = map.inset();

@@ -188,15 +188,16 @@ export class SlippyMap {
           this.put(tile.picture, [0, 0, TILE, TILE], box);
         } else {
           if (!tile?.failed) this.want(url, Math.hypot(row - middle[0], col - middle[1]));
-          this.substitute(pane, level, row, col, box);
+          this.substitute(pane, level, row, col, box, tile?.failed);
         }
       }
     }
   }
 
-  // While a tile is on its way a part of a coarser one stands in, or those the pane showed before.
-  substitute(pane, level, row, col, box) {
-    for (const url of [pane.url, pane.old].filter(Boolean)) {
+  // While a tile is on its way a part of a coarser one stands in, or those the pane showed before; where it cannot be
+  // read only its own coarser one, since another date's would stay under this date's name.
+  substitute(pane, level, row, col, box, failed) {
+    for (const url of [pane.url, failed ? null : pane.old].filter(Boolean)) {
       for (let up = url === pane.url ? 1 : 0; level + up < pane.store.levels; up++) {
         const tile = this.tiles.get(url(level + up, row >> up, col >> up));
         if (tile?.ready) {
@@ -233,6 +234,7 @@ export class SlippyMap {
         this.loading--;
         tile.ready = ok;
         tile.failed = !ok;
+        if (!ok) this.on.failed();
         this.draw();
       };
       picture.onload = () => done(true);
