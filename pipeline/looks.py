@@ -98,7 +98,7 @@ class _Block:
 
 
 def _undecided(item: Item) -> NDArray[np.uint8]:
-    raise ReadError(f"{item.id}: {item.offset_reason}, so what its pixels mean was not decided when the run began")
+    raise ReadError(f"the scout could not read it, so what its pixels mean is not decided: {item.offset_reason}")
 
 
 def cuts(span: Span, shift: int, size: int) -> list[Span]:

@@ -114,7 +114,9 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
         replace(
             a,
             items=tuple(
-                usable.get(i.id, replace(i, offset_dn=None if seen else 0, offset_reason="unread by the scout"))
+                usable.get(i.id, replace(i, offset_dn=None, offset_reason=seen.unread.get(i.id, "not looked at")))
+                if seen
+                else replace(i, offset_dn=0, offset_reason="not looked at")
                 for i in a.items
             ),
         )
