@@ -60,8 +60,9 @@ class Series:
         truth: (T, B, H, W) uint16 codes without clouds, of simulated places; None of real ones.
         surface: (T, B, H, W) uint16 codes of the ground alone, without sky, gain and noise, of simulated places.
         other: {variant: (T, H, W) uint8}, further masks such as the plain reading of SCL.
-        check_in_time: whether the product would compare its dates; ``bits`` are without it, since the comparison must
-            not see what a case hides: ``checked_in_time`` does it case by case.
+        judged: ``bits`` with the dates compared, where the product would do so, else None: they choose targets, holes
+            and truth, as a scene that its mask wrongly calls clear is no truth. The looks of a case begin with
+            ``bits``, since the comparison must not see what the case hides: see ``checked_in_time``.
     """
 
     name: str
@@ -76,12 +77,17 @@ class Series:
     truth: Codes | None
     other: dict[str, Bits]
     surface: Codes | None = None
-    check_in_time: bool = False
+    judged: Bits | None = None
+
+    @property
+    def trusted(self) -> Bits:
+        """(T, H, W) uint8 by which truth is chosen."""
+        return self.bits if self.judged is None else self.judged
 
     @property
     def bad_share(self) -> NDArray[np.float64]:
         """(T,) share of the core that a look does not show clear."""
-        return np.asarray((self.bits[:, *self.core] != 0).mean(axis=(1, 2)), np.float64)
+        return np.asarray((self.trusted[:, *self.core] != 0).mean(axis=(1, 2)), np.float64)
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ def _pasted(
 ) -> Case:
     if series.codes.shape[2] != series.codes.shape[3]:
         turns -= turns % 2  # only half turns keep the shape
-    spot = np.rot90(series.bits[donor], turns)
+    spot = np.rot90(series.trusted[donor], turns)
     hole = spot != 0
     cloudy = np.rot90(series.codes[donor], turns, axes=(1, 2))
     used = np.flatnonzero(np.abs(series.days - series.days[target]) <= window_days)
@@ -211,7 +217,7 @@ def _pasted(
         days=series.days[used],
         target=at,
         # score only what is truth: the target's own few bad pixels are none
-        hole=_in_core(series, hole & (series.bits[target] == 0)),
+        hole=_in_core(series, hole & (series.trusted[target] == 0)),
     )
 
 
@@ -246,7 +252,7 @@ def papers(series: Series, *, window_days: int = WINDOW_DAYS) -> Iterator[Case]:
         if len(case.days) <= 2:
             continue
         shown = _in_core(series, (series.codes[target] != CODE_NODATA).all(axis=0))
-        bits = np.where(shown, series.bits[target] & (CLOUD | SHADOW), VOID).astype(np.uint8)
+        bits = np.where(shown, series.trusted[target] & (CLOUD | SHADOW), VOID).astype(np.uint8)
         truth = np.where(shown, series.codes[target], np.uint16(CODE_NODATA))
         yield replace(without_target(replace(case, truth=truth, truth_bits=bits)), hole=shown)
 
@@ -289,14 +295,19 @@ def with_worse_masks(case: Case, share: float, edge_px: int, rng: np.random.Gene
 
 def checked_in_time(case: Case, bands: Sequence[str]) -> Case:
     """The case with its masks checked in time, as the product does it, the truth under the hole unseen."""
+    return replace(case, bits=compared(case.codes, case.bits, case.days, bands))
+
+
+def compared(codes: Codes, bits: Bits, days: NDArray[np.int32], bands: Sequence[str]) -> Bits:
+    """The bits with what the comparison of dates adds."""
     dark, nir = temporal_bands(bands)
     bright, deep = bright_and_dark(
-        codes=np.ascontiguousarray(case.codes[:, dark]),
-        clear=case.clear,
-        days=case.days,
-        nir=None if nir is None else np.ascontiguousarray(case.codes[:, nir]),
+        codes=np.ascontiguousarray(codes[:, dark]),
+        clear=bits == 0,
+        days=days,
+        nir=None if nir is None else np.ascontiguousarray(codes[:, nir]),
     )
-    return replace(case, bits=case.bits | bright * np.uint8(CLOUD) | deep * np.uint8(SHADOW))
+    return bits | bright * np.uint8(CLOUD) | deep * np.uint8(SHADOW)
 
 
 def nearest_looks(case: Case, count: int) -> Case:
@@ -320,7 +331,7 @@ def _case(series: Series, target: int, kind: str) -> Case:
     truth = series.codes[target] if series.truth is None else series.truth[target]
     unknown = (truth == CODE_NODATA).any(axis=0)
     if series.truth is None:
-        unknown |= series.bits[target] != 0
+        unknown |= series.trusted[target] != 0
     void = np.where(_in_core(series, ~unknown), np.uint8(0), np.uint8(VOID))
     return Case(
         id=f"{series.name}/{day}/{kind}",

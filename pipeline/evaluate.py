@@ -97,7 +97,9 @@ def _groups(asked: Evaluation, one: Scored) -> Iterator[tuple[str, str, str, lis
     if "predict" in one.tasks:
         most = 1.01 if one.simulate else asked.target_max_bad  # of simulated dates the truth is always known
         made = ((s, cases.predictions(s, window_days=asked.window_days, max_bad=most)) for s in series)
-        given = [(s, cases.checked_in_time(c, s.bands) if s.check_in_time else c) for s, found in made for c in found]
+        given = [
+            (s, cases.checked_in_time(c, s.bands) if s.judged is not None else c) for s, found in made for c in found
+        ]
         yield one.name, "predict", "simulated" if one.simulate else "base", _spread(given, asked.max_cases, one.name)
 
 
@@ -114,7 +116,7 @@ def _completions(asked: Evaluation, series: Series, variant: str) -> Iterator[Ca
         window_days=asked.window_days,
         max_bad=asked.target_max_bad,
     )
-    check = variant.endswith("+check") or (series.check_in_time and kind != "scl")
+    check = variant.endswith("+check") or (series.judged is not None and kind != "scl")
     for case in given:
         yield cases.checked_in_time(case, series.bands) if check else case
 

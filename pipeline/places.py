@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline import lazy, mask
 from pipeline.bands import temporal_bands, to_codes
-from pipeline.cases import CLOUD, SHADOW, VOID, Bits, Codes, Series
+from pipeline.cases import CLOUD, SHADOW, VOID, Bits, Codes, Series, compared
 from pipeline.config import Job, Mask
 from pipeline.errors import ConfigError, NoItemsError
 from pipeline.grid import Grid
@@ -133,8 +133,9 @@ def _read(request: Request, name: str, core: Grid, margin_px: int, other_mask: M
         core=rest,
         truth=None,
         other={},
-        check_in_time=job.mask.temporal_check,
     )
+    if job.mask.temporal_check:
+        series = replace(series, judged=compared(series.codes, series.bits, series.days, series.bands))
     if other_mask is not None:
         series = replace(series, other={"scl": _other_mask(request, job, series, other_mask)})
     return series if margin_px else _trimmed(series)
@@ -164,6 +165,7 @@ def _trimmed(series: Series) -> Series:
         series,
         codes=np.ascontiguousarray(series.codes[:, :, *cut]),
         bits=np.ascontiguousarray(series.bits[:, *cut]),
+        judged=None if series.judged is None else np.ascontiguousarray(series.judged[:, *cut]),
         other={name: np.ascontiguousarray(bits[:, *cut]) for name, bits in series.other.items()},
         row0=series.row0 + int(rows[0]),
         col0=series.col0 + int(cols[0]),

@@ -182,7 +182,7 @@ def training_cases(series: Series, rules: Cases, seed: int) -> Iterator[Case]:
         case = cases.nearest_looks(case, rules.max_looks)
         if rng.random() < rules.omit_share:
             case = cases.with_worse_masks(case, rng.uniform(*rules.omit), rules.omit_edge_px, rng)
-        if series.check_in_time:
+        if series.judged is not None:
             case = cases.checked_in_time(case, series.bands)
         if len(case.days) > 1:
             yield case

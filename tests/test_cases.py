@@ -128,3 +128,17 @@ def test_holes_lie_in_the_core(real: Series) -> None:
     outside[inner.core] = False
     for case in (*cases.completions(inner, max_bad=0.2), *cases.predictions(inner, max_bad=0.2)):
         assert not case.hole[outside].any()
+
+
+def test_what_a_case_hides_does_not_judge_its_looks(real):
+    """The comparison of dates runs after the paste: another truth under the hole changes no mask."""
+    checked = replace(real, judged=cases.compared(real.codes, real.bits, real.days, real.bands))
+    one = next(cases.completions(checked, max_bad=0.3))
+    target = int(np.flatnonzero(checked.days == one.day)[0])
+    other = checked.codes.copy()
+    other[target][:, one.hole] = 9000
+    changed = cases.completions(replace(checked, codes=other), max_bad=0.3)
+    (same,) = [case for case in changed if case.id == one.id]
+    assert (same.truth != one.truth).any()
+    np.testing.assert_array_equal(*(cases.checked_in_time(case, real.bands).bits for case in (one, same)))
+    assert not (one.hole & (checked.judged[target] != 0)).any()
