@@ -356,6 +356,7 @@ def open_mosaic(*, store: str | Path, group: str = GROUP) -> "xr.Dataset":
         decoded.attrs = keep
         dataset[name] = decoded
     dataset = xr.decode_cf(dataset, mask_and_scale=True, decode_coords="all")
-    ordered = [name for name in (*dataset.attrs["bands"], *dataset.data_vars) if name in dataset.data_vars]
+    known = layer_specs(dataset.attrs["bands"], uncertainty=True)  # a store lists its arrays in any order
+    ordered = [name for name in (*known, *dataset.data_vars) if name in dataset.data_vars]
     dataset = dataset[list(dict.fromkeys(ordered))]
     return dataset.isel(time=np.flatnonzero(dataset["published"].values)).drop_vars("published")
