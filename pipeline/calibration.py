@@ -31,7 +31,7 @@ LEARNED_SIDE_PX: Final = 256
 AGAIN_S: Final = 4.0
 """After a quicker first window the one beside it is taken too, with files open and code warm, and counts instead."""
 START_S: Final = 4.0
-"""Until local worker processes are up with everything imported (measured 3 to 6 s on two cores)."""
+"""Until local worker processes are up with everything imported; a guess for a laptop."""
 TASK_S: Final = 0.02
 """What a task costs beside reading, computing and writing."""
 OVERVIEWS: Final = 0.7
