@@ -270,7 +270,7 @@ def decide_offsets(
                 votes[0],
                 f"as the {len(votes)} other dates of tile {view.item.tile}; {why}",
             )
-        elif _clear_share(view, dark) < CLOUDED_SHARE:
+        elif np.count_nonzero(view.state == masks.CLEAR) < CLOUDED_SHARE * np.count_nonzero(_ground(view, dark)):
             decided[view.item.id] = (0, why)
             clouded.append(view.item.id)
         else:
@@ -302,12 +302,6 @@ def _told(item: Item, dark: str, profile: Profile, override_dn: int | None) -> t
 def _ground(view: _View, dark: str) -> NDArray[np.bool_]:
     """Where a scene has data, snow included."""
     return np.asarray(view.dark != (view.item.assets[dark].nodata or 0))
-
-
-def _clear_share(view: _View, dark: str) -> float:
-    """Share of a scene's ground that its mask calls clear, 0 to 1."""
-    ground = _ground(view, dark)
-    return int(np.count_nonzero(ground & (view.state == masks.CLEAR))) / max(int(np.count_nonzero(ground)), 1)
 
 
 def _by_pixels(view: _View, dark: str) -> tuple[int, str] | str:
