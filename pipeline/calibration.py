@@ -33,9 +33,9 @@ AGAIN_S: Final = 4.0
 START_S: Final = 4.0
 """Until local worker processes are up with everything imported; a guess for a laptop."""
 TASK_S: Final = 0.02
-"""What a task costs beside reading, computing and writing."""
+"""What a task costs beside reading, computing and writing, rounded up (3 ms by ``tests/benchmarks/overhead.py``)."""
 OVERVIEWS: Final = 0.7
-"""Overviews take so much of the time that writing full resolution takes."""
+"""Overviews take about so much of the time that writing full resolution takes; a guess."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import typer
 
 from pipeline.console import AsJson, Debug, Log, MetricsAt, Overrides, kind, print_json
 
+Out = Annotated[str | None, typer.Option(help="Store to write, instead of the job's output.store.", show_default=False)]
 JobFile = Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)]
 
 
@@ -39,7 +40,7 @@ def search(
 
 def plan(
     job: JobFile,
-    out: Annotated[str | None, typer.Option(help="Store to write, instead of the job's output.store.")] = None,
+    out: Out = None,
     overrides: Overrides = None,
     scout: Annotated[bool, typer.Option(help="Look at the scenes coarsely, to decide offsets and anchors.")] = True,
     calibrate: Annotated[
@@ -66,7 +67,7 @@ def plan(
 
 def mosaic(
     job: JobFile,
-    out: Annotated[str | None, typer.Option(help="Store to write, instead of the job's output.store.")] = None,
+    out: Out = None,
     overrides: Overrides = None,
     restart: Annotated[bool, typer.Option(help="Remove an existing store of this path and start over.")] = False,
     wait: Annotated[float, typer.Option(help="Wait so many seconds if another run works on the store.")] = 0.0,

@@ -9,6 +9,7 @@ Layout, metadata and identity are the same for every kind and live in ``pipeline
 """
 
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -103,8 +104,9 @@ class _Plain:
     consolidated: ClassVar = True
     replaces: ClassVar = False
 
+    @abstractmethod
     def reader(self) -> Store:
-        raise NotImplementedError
+        """See ``Location``."""
 
     def begin(self, unit: str, prepare: Callable[[Store], None]) -> None:
         """Nothing to make ready."""

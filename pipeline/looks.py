@@ -220,7 +220,8 @@ class LookStream:
                 try:
                     states.append((item.id, future.result()))
                 except ReadError as error:
-                    self.failures.append((item.id, recipe.mask_model or recipe.rule.asset, str(error)))
+                    asset = "offset" if item.offset_dn is None else recipe.mask_model or recipe.rule.asset
+                    self.failures.append((item.id, asset, str(error)))
                     strip.failed.append(item)
             fused = fuse_states([state for _, state in states]) if states else np.zeros(strip.cells.shape, np.uint8)
             (strip.bits[layer],) = masks.grown_bits(state=fused[None], resolution_m=resolution_m, params=recipe.params)

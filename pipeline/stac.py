@@ -68,7 +68,7 @@ class ItemApi:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PystacClientWarning)
                 return sorted(collection.id for collection in self._client.get_collections())
-        except (APIError, STACError, KeyError, NotImplementedError):
+        except (APIError, STACError, KeyError, NotImplementedError):  # the last is pystac-client's for "has no list"
             return []
 
     @property

@@ -111,7 +111,7 @@ def test_lasting_faults_are_flagged_counted_and_limited(small, tmp_path, monkeyp
         struck = (made["flags"].values & FLAGS["read_failed"]) > 0
         assert struck.any()
         strict = _job(small, server.url, tmp_path, "strict", limits={"max_failed_fraction": 0.001})
-        with pytest.raises(TooManyFailuresError, match=r"reads failed.*max_failed_fraction.*20210629.* scl: .*404"):
+        with pytest.raises(TooManyFailuresError, match=r"reads failed.*max_failed_fraction.*20210629.* offset: .*404"):
             build(job=strict, client=InlineClient(monkeypatch))
         assert not (tmp_path / "strict.zarr" / "0" / "zarr.json").exists()
     with RangeServer(small.folder) as server:

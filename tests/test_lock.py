@@ -131,3 +131,17 @@ def test_compare_and_swap(kind, tmp_path, request):
     objects.remove("ledger.json")
     assert objects.names() == []
     assert objects.get("ledger.json") is None
+
+
+def test_a_process_number_of_another_namespace_says_nothing():
+    about = lock._about() | {"pid": 2**22 + 1}
+    assert lock._dead_here(about)
+    assert not lock._dead_here(about | {"pids": "another boot pid:[1]"})
+    assert not lock._dead_here({key: value for key, value in about.items() if key != "pids"})
+
+
+def test_a_writer_does_not_trust_a_lease_that_was_not_renewed(monkeypatch):
+    monkeypatch.setattr(lock, "UNSURE_S", 0.0)
+    lock.Held(lock._now()).check()
+    with pytest.raises(StoreBusyError, match="could not be renewed"):
+        lock.Held(lock._now() - 2 * lock.LEASE_S).check()

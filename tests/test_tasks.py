@@ -172,7 +172,7 @@ def test_a_scene_that_only_the_scout_failed_to_read_is_not_guessed_at(small, who
     unread = replace(seen, offsets={k: v for k, v in seen.offsets.items() if k != name}, unread={name: "stalled"})
     _, _, asked = recipe(job, unread)
     rows, cols = (300, 400), (100, 200)
-    with pytest.raises(ReadError, match=f"{name} scl: the scout could not read it.*stalled"):
+    with pytest.raises(ReadError, match=f"{name} offset: the scout could not read it.*stalled"):
         compose_window(asked, rows, cols)
     report = run_task(asked, Task((0, asked.grid.height), (0, asked.grid.width), ((0, 0),)), str(tmp_path / "m"), 0)
     assert {item for item, _, _ in report.failures} == {name}
@@ -207,3 +207,11 @@ def test_outside_a_polygon_is_no_data_and_says_so(small, tmp_path):
 
 def test_the_fixture_is_what_these_tests_think(small):
     assert small.grid == Grid("EPSG:32633", 10.0, (0.0, 0.0), -510240, 49998, HEIGHT, WIDTH)
+
+
+def test_a_window_of_a_polygon_is_that_of_the_whole(whole):
+    asked = whole["median"][2]
+    inside = np.random.default_rng(0).random(asked.grid.shape) < 0.5
+    drawn = replace(asked, inside=np.packbits(inside, axis=1))
+    for rows, cols in (((0, 9), (0, 8)), ((3, 50), (5, 77)), ((1, 2), (asked.grid.width - 3, asked.grid.width))):
+        np.testing.assert_array_equal(drawn.area(rows, cols), inside[slice(*rows), slice(*cols)])
