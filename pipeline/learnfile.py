@@ -162,6 +162,7 @@ class Fit(_Base):
     drop_looks: float = Field(0.5, ge=0, le=1, description="share of samples that lose looks, down to three (paper)")
     insert_target: float = Field(0.05, ge=0, le=1, description="share of samples with the target as a look (paper)")
     mask_target_clouds: bool = Field(False, description="leave the target's clouds out of the loss (paper)")
+    frozen: tuple[str, ...] = Field((), description="parts of the network that keep what they start with, as kriging")
     adversary: float = Field(
         0.0, ge=0, description="weight of the Pix2Pix scheme's adversary beside the loss; 0 = none, usual is 0.01"
     )
@@ -187,6 +188,11 @@ class Training(_Base):
     cases: Cases = Cases()
     split: Split = Split()
     model: dict[str, Any] = Field({"name": "small"}, description="name of a network and its options")
+    start: str | None = Field(
+        None,
+        description="weights to begin with, a file or the name of weights that ship: what has the same name and shape "
+        "in this network is taken, the rest begins fresh",
+    )
     loss: dict[str, Any] = Field({}, description="what training minimises, see pipeline.models.losses")
     fit: Fit = Fit()
 
@@ -310,10 +316,10 @@ def _load[Asked: BaseModel](kind: type[Asked], path: Path | str, overrides: Sequ
             source["job"] = str(path.parent / source["job"])
         elif isinstance(source, dict) and isinstance(source.get("job"), dict):
             _from_folder(source["job"], path.parent)
-    for method in _list(data.get("methods")):
-        weights = method.get("weights") if isinstance(method, dict) else None
+    for holder, field in (*((method, "weights") for method in _list(data.get("methods"))), (data, "start")):
+        weights = holder.get(field) if isinstance(holder, dict) else None
         if isinstance(weights, str) and (path.parent / weights).is_file():
-            method["weights"] = str(path.parent / weights)
+            holder[field] = str(path.parent / weights)
     try:
         return kind(**data)
     except ValidationError as error:

@@ -21,6 +21,7 @@ from pipeline.learnfile import Training
 from pipeline.models.batch import Batch, Completed, Model
 from pipeline.models.discriminator import BETAS, Discriminator, discriminator_loss, generator_loss
 from pipeline.models.losses import Loss, LossConfig
+from pipeline.models.weights import load_model
 from pipeline.patches import Lesson
 
 FEW: Final = 1
@@ -44,6 +45,7 @@ class Scheme:
         self.fit, self.fabric, self.paper = training.fit, fabric, paper
         torch.manual_seed(training.seed)
         self.model = build_model(training)
+        self.frozen = _freeze(self.model, self.fit.frozen)
         self.loss = _loss(training).to(fabric.device)
         betas = BETAS if self.fit.adversary else (0.9, 0.999)
         self.net = fabric.setup_module(_Plain(self.model))
@@ -54,8 +56,9 @@ class Scheme:
             self.judge_optimizer = self._adam(self.judge, betas)
 
     def _adam(self, module: nn.Module, betas: tuple[float, float]) -> Any:
-        few = [p for p in module.parameters() if p.numel() <= FEW]
-        many = [p for p in module.parameters() if p.numel() > FEW]
+        learning = [p for p in module.parameters() if p.requires_grad]
+        few = [p for p in learning if p.numel() <= FEW]
+        many = [p for p in learning if p.numel() > FEW]
         groups = [
             {"params": many, "weight_decay": self.fit.weight_decay, "pace": 1.0},
             {"params": few, "weight_decay": 0.0, "pace": QUICK},
@@ -70,6 +73,8 @@ class Scheme:
             NotFiniteError: the loss or its gradient is no number; the network is left as it was.
         """
         self.net.train()
+        for part in self.frozen:
+            part.eval()  # their running means stay too
         counts = lesson_weight(lesson, self.fit, self.paper)
         made = self.answer(lesson.given)
         loss, terms = self.loss(made, lesson.truth, counts, prior=lesson.given.prior)
@@ -149,10 +154,11 @@ def _mapping(given: Batch) -> dict[str, Tensor]:
 
 
 def build_model(training: Training) -> Model:
-    """The untrained network.
+    """The network before this training: fresh, or with what ``training.start`` has of it.
 
     Raises:
-        ConfigError: an unknown network or option, or one made for other bands than the training's.
+        ConfigError: an unknown network or option, one made for other bands than the training's, or a start that is
+            another network. WeightsError: a start that cannot be read.
     """
     config = models.read_config(training.model)
     if config.bands and config.bands != training.bands:
@@ -160,7 +166,34 @@ def build_model(training: Training) -> Model:
             f"model.bands: {', '.join(config.bands)} are not the training's bands {', '.join(training.bands)}; make "
             "them the same, or leave model.bands out for weights shared over bands"
         )
-    return models.build(config)
+    model = models.build(config)
+    if training.start is not None:
+        given = load_model(training.start)
+        if given.config.name != config.name:
+            raise ConfigError(
+                f"start: {training.start} is network {given.config.name!r} and model.name is {config.name!r}; name "
+                "weights of the same network, or leave start out"
+            )
+        own = model.state_dict()
+        model.load_state_dict(
+            own | {name: v for name, v in given.state_dict().items() if name in own and own[name].shape == v.shape}
+        )
+    return model
+
+
+def _freeze(model: Model, names: tuple[str, ...]) -> list[nn.Module]:
+    """The parts of these names, which learn no more."""
+    parts = dict(model.named_children())
+    if unknown := [name for name in names if name not in parts]:
+        raise ConfigError(
+            f"fit.frozen: network {model.config.name!r} with these options has no part {', '.join(unknown)}; its parts "
+            f"are {', '.join(parts)}"
+        )
+    for name in names:
+        parts[name].requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("fit.frozen: nothing is left to learn; name fewer parts")
+    return [parts[name] for name in names]
 
 
 def _loss(training: Training) -> Loss:

@@ -224,6 +224,7 @@ class Course:
                 "sources": _sources(training),
             },
             "recipe": json.loads(training.model_dump_json(include={"model", "loss", "fit", "split"})),
+            "start": _start(training),
             "seed": training.seed,
             "scores": dict(row),
             "versions": {name: version(name) for name in ("cloudgate", "torch", "lightning")},
@@ -335,7 +336,13 @@ def _request(training: Training, store: Store) -> dict[str, Any]:
     """What must stay the same for a training to go on."""
     asked = json.loads(training.model_dump_json(include={"bands", "seed", "model", "loss", "split", "fit"}))
     asked["fit"] = {name: value for name, value in asked["fit"].items() if name not in _FREE}
+    asked["start"] = _start(training)
     return {**asked, "weights": {source.name: source.weight for source in training.sources}, "store": store.about}
+
+
+def _start(training: Training) -> str | None:
+    """Content hash of the weights that a training begins with."""
+    return None if training.start is None else weights.content_hash(training.start)
 
 
 def _sources(training: Training) -> dict[str, Any]:

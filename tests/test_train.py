@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from pupil import Pupil
 
-from pipeline.errors import ConfigError, RunError, StoreMismatchError
+from pipeline.errors import ConfigError, RunError, StoreMismatchError, WeightsError
 from pipeline.learnfile import Fit, Training
 from pipeline.models import weights
 from pipeline.prepare import prepare
+from pipeline.report import Silent
 from pipeline.train import Course, train
 
 CASES = {"patch_px": 64, "pastes": 2, "max_looks": 7, "target_max_bad": 0.3}
@@ -161,6 +162,24 @@ def test_it_stops_early_where_nothing_gets_better(samples: Path, tmp_path: Path)
     assert made.stopped == "no better validation for 2 epochs"
 
 
+def test_a_training_begins_with_given_weights_and_leaves_frozen_parts(samples: Path, tmp_path: Path) -> None:
+    fit = {"epochs": 1, "batch": 8, "rate": 0.002, "threads": 1, "accelerator": "cpu"}
+    first = train(training(tmp_path, store=str(samples), fit=fit, model={"name": "pupil", "wrong": 0.1}))
+    there = weights.load_model(str(first.weights))
+    asked = training(
+        tmp_path, store=str(samples), out=str(tmp_path / "on"), fit=fit | {"frozen": ["net"]}, start=str(first.weights)
+    )
+    course = Course(asked)
+    assert torch.equal(course.model.state_dict()["offset"], there.state_dict()["offset"])  # and not 0, as afresh
+    course.run(Silent())
+    on = weights.load_model(str(tmp_path / "on" / "weights.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(on.net.parameters(), there.net.parameters(), strict=True))
+    assert not torch.equal(on.state_dict()["offset"], there.state_dict()["offset"])
+    assert weights.card(tmp_path / "on" / "weights.safetensors")["start"] == weights.content_hash(first.weights)
+    with pytest.raises(StoreMismatchError, match="start over with --restart"):  # another start is another training
+        train(asked.model_copy(update={"start": None}))
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
@@ -173,6 +192,9 @@ def test_it_stops_early_where_nothing_gets_better(samples: Path, tmp_path: Path)
         ({"loss": {"charbonier": 1}}, ConfigError, "charbonier: there is no such field; did you mean 'charbonnier'"),
         ({"loss": {"charbonnier": 0}}, ConfigError, "every weight is 0"),
         ({"loss": {"feat": 1}}, ConfigError, "its groups need"),
+        ({"start": "robust"}, ConfigError, "start: robust is network 'compact' and model.name"),
+        ({"start": "nowhere"}, WeightsError, "weights 'nowhere': no such file"),
+        ({"fit": {"frozen": ["krigging"]}}, ConfigError, "has no part krigging; its parts are net"),
         ({"fit": {"accelerator": "abacus"}}, ConfigError, "fit: this machine cannot do accelerator abacus"),
     ],
 )
