@@ -24,7 +24,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from odc.loader import RasterLoadParams, RasterSource, RioDriver
 from odc.stac import load as odc_load
-from pyproj import CRS, Transformer
+from pyproj import CRS
 from rasterio.windows import Window
 from stackstac import stack
 from stackstac.raster_spec import RasterSpec
@@ -33,9 +33,9 @@ from pipeline.codes import dn_to_codes
 from pipeline.errors import ConfigError, ItemError
 from pipeline.grid import Grid
 from pipeline.items import Asset, Item
+from pipeline.outlines import window_of
 from pipeline.profiles import MaskRule, Profile
 from pipeline.reader import read_window
-from pipeline.warp import same_crs
 
 Loader = Literal["stackstac", "odc"]
 Classify = Callable[[NDArray[Any], MaskRule], NDArray[np.uint8]]
@@ -122,7 +122,7 @@ class _Scene:
     @classmethod
     def of(cls, number: int, item: Item, names: Sequence[str], grid: Grid) -> "_Scene":
         assets = {name: _asset(item, name) for name in names}
-        spans = [span for asset in assets.values() if (span := _span(asset, grid))]
+        spans = [span for asset in assets.values() if (span := window_of(asset, grid))]
         r0, r1, c0, c1 = zip(*spans, strict=True) if spans else ((0,),) * 4
         return cls(
             number,
@@ -149,34 +149,6 @@ def _asset(item: Item, name: str) -> Asset:
             "drop the item or the band, or choose another profile"
         )
     return asset
-
-
-def _span(asset: Asset, grid: Grid) -> tuple[int, int, int, int] | None:
-    """Rows and columns of the grid that the asset may touch, cut to the grid, None where it touches none."""
-    height, width = asset.shape
-    a, b, c, d, e, f = asset.transform
-    along = np.linspace(0, 1, 33)
-    edge = np.concatenate([along, along, np.zeros(33), np.ones(33)])
-    other = np.concatenate([np.zeros(33), np.ones(33), along, along])
-    x, y = a * edge * width + b * other * height + c, d * edge * width + e * other * height + f
-    if not same_crs(asset.crs, grid.crs):
-        x, y = Transformer.from_crs(asset.crs, grid.crs, always_xy=True).transform(x, y)
-    x, y = x[np.isfinite(x)], y[np.isfinite(y)]
-    if not len(x) or not len(y):
-        return None
-    margin = 2 + 0.002 * max(height, width) * abs(a) / grid.resolution_m  # edges bow between the sampled points
-    margin = 2 if same_crs(asset.crs, grid.crs) else margin
-    r0, r1 = (
-        (grid.top - y.max()) / grid.resolution_m - margin,
-        (grid.top - y.min()) / grid.resolution_m + margin,
-    )
-    c0, c1 = (
-        (x.min() - grid.left) / grid.resolution_m - margin,
-        (x.max() - grid.left) / grid.resolution_m + margin,
-    )
-    rows = max(0, int(np.floor(r0))), min(grid.height, int(np.ceil(r1)))
-    cols = max(0, int(np.floor(c0))), min(grid.width, int(np.ceil(c1)))
-    return (*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
 
 
 def _scatter(part: da.Array, numbers: Sequence[int], count: int, task: Task, chunk_px: int) -> da.Array:

@@ -22,8 +22,9 @@ from pipeline import mask as masks
 from pipeline.bands import temporal_bands, to_reflectance
 from pipeline.errors import ReadError
 from pipeline.grid import Grid
-from pipeline.items import Asset, Item
+from pipeline.items import Item
 from pipeline.mask_models import lattice_window, state_on_lattice
+from pipeline.outlines import extent, touches
 from pipeline.read_pool import ReadPool
 from pipeline.reader import coarse_grid, fuse_scenes, fuse_states, read_codes, read_window
 from pipeline.recipe import Recipe
@@ -110,25 +111,6 @@ def cuts(span: Span, shift: int, size: int) -> list[Span]:
         following += size
     edges.append(span[1])
     return list(itertools.pairwise(edges))
-
-
-def touches(asset: Asset, grid: Grid) -> bool:
-    """Whether an asset may have pixels in the grid; only a shared CRS lets us say no without reading."""
-    if asset.crs != grid.crs:
-        return True
-    a, _, c, _, e, f = asset.transform
-    left, bottom, right, top = grid.bounds
-    return c < right and c + a * asset.shape[1] > left and f > bottom and f + e * asset.shape[0] < top
-
-
-def extent(asset: Asset, grid: Grid) -> NDArray[np.bool_]:
-    """(H, W) bool: where a scene that could not be read might have had pixels."""
-    if asset.crs != grid.crs:
-        return np.ones(grid.shape, bool)
-    a, _, c, _, e, f = asset.transform
-    inside_x = (grid.x > c) & (grid.x < c + a * asset.shape[1])
-    inside_y = (grid.y < f) & (grid.y > f + e * asset.shape[0])
-    return np.asarray(inside_y[:, None] & inside_x[None, :])
 
 
 class LookStream:

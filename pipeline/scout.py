@@ -18,21 +18,16 @@ from pipeline.anchors import AnchorMap, Candidate, build_map, choose
 from pipeline.bands import darkest
 from pipeline.codes import dn_to_codes
 from pipeline.config import Method
-from pipeline.errors import ItemError, ReadError, RunError
+from pipeline.errors import ReadError, RunError
 from pipeline.grid import Grid
 from pipeline.items import Acquisition, Asset, Item
+from pipeline.offsets import View, decide_offsets, told
+from pipeline.outlines import window_of
 from pipeline.profiles import MaskRule, Profile
 from pipeline.reader import read_window
 
 COARSE_PX: Final = 400
 """Side of the coarse view of the whole area, in cells."""
-MIN_PIXELS: Final = 40
-"""Fewer clear, snow-free cells than this decide no offset."""
-OFFSET_P1: Final = 900
-"""With the +1000 inside, even dark ground has DN of about 1000: a first percentile from here on says it is inside."""
-CLOUDED_SHARE: Final = 0.01
-"""With less of its ground clear than this, a scene is not worth asking for its offset: all of it counts as cloud."""
-SNOW_CLASS: Final = 11
 THREADS: Final = 8
 
 Read = Callable[[Asset, Grid, str], NDArray[Any]]
@@ -113,16 +108,6 @@ def coarse_grid(grid: Grid, margin_m: float, most_px: int = COARSE_PX) -> tuple[
     return coarse, cell
 
 
-@dataclass
-class _View:
-    """One item, coarse: raw class values, state, DN of the darkest band (None where unreadable)."""
-
-    item: Item
-    classes: NDArray[Any]
-    state: NDArray[np.uint8]
-    dark: NDArray[Any]
-
-
 def scout(
     *,
     acquisitions: Sequence[Acquisition],
@@ -159,7 +144,7 @@ def scout(
     items = [item for acquisition in acquisitions for item in acquisition.items]
     views, unread = _look(items, coarse, dark, rule, profile, progress)
     offsets, clouded = decide_offsets(views.values(), dark, profile, override_dn)
-    told = {item.id: _told(item, dark, profile, override_dn) for item in items if item.id in unread}
+    sure = {item.id: told(item, dark, profile, override_dn) for item in items if item.id in unread}
     for name in clouded:
         np.copyto(views[name].state, masks.CLOUD, where=views[name].state != masks.NODATA)
     state, codes = _fuse(acquisitions, views, offsets, dark, coarse)
@@ -179,7 +164,7 @@ def scout(
             col0=coarse.col0,
             blend_cells=method.blend_m / coarse.resolution_m,
         )
-    offsets |= {name: answer for name, answer in told.items() if answer is not None}
+    offsets |= {name: answer for name, answer in sure.items() if answer is not None}
     return Scouted(offsets, layers, anchors, unread, clouded)
 
 
@@ -211,20 +196,26 @@ def _look(
     rule: MaskRule | None,
     profile: Profile,
     progress: Callable[[int, int], None] | None,
-) -> tuple[dict[str, _View], dict[str, str]]:
-    views: dict[str, _View] = {}
+) -> tuple[dict[str, View], dict[str, str]]:
+    """Each scene on the cells it may reach: a country's are many, and each covers but a small part of it."""
+    views: dict[str, View] = {}
     unread: dict[str, str] = {}
 
-    def one(item: Item) -> _View | str:
+    def one(item: Item) -> View | str:
+        names = [dark] if rule is None else [dark, rule.asset]
+        spans = [span for name in names if (span := window_of(item.assets[name], coarse))] or [(0, 1, 0, 1)]
+        r0, r1, c0, c1 = zip(*spans, strict=True)
+        rows, cols = (min(r0), max(r1)), (min(c0), max(c1))
+        part, place = coarse.window(rows, cols), (slice(*rows), slice(*cols))
         try:
-            values = read_window(item.assets[dark], coarse, kind="reflectance", profile=profile)
+            values = read_window(item.assets[dark], part, kind="reflectance", profile=profile)
             if rule is None:
-                unknown = np.zeros(coarse.shape, np.uint8)
-                return _View(item, unknown, np.full_like(unknown, masks.CLEAR), values)
-            classes = read_window(item.assets[rule.asset], coarse, kind="classes", profile=profile)
+                unknown = np.zeros(part.shape, np.uint8)
+                return View(item, unknown, np.full_like(unknown, masks.CLEAR), values, place)
+            classes = read_window(item.assets[rule.asset], part, kind="classes", profile=profile)
         except ReadError as error:
             return str(error)
-        return _View(item, classes, masks.apply_rule(classes, rule), values)
+        return View(item, classes, masks.apply_rule(classes, rule), values, place)
 
     with ThreadPoolExecutor(THREADS) as pool:
         for number, (item, view) in enumerate(zip(items, pool.map(one, items), strict=True), 1):
@@ -240,107 +231,30 @@ def _look(
     return views, unread
 
 
-def decide_offsets(
-    views: Any, dark: str, profile: Profile, override_dn: int | None = None
-) -> tuple[dict[str, tuple[int, str]], tuple[str, ...]]:
-    """Decide each item's additive offset in DN: override, policy, flag, explicit offset, baseline with the pixel check.
-
-    Returns:
-        (item id -> offset and reason, ids of scenes that nothing decides and that show no ground worth asking for).
-
-    Raises:
-        ItemError: where nothing decides, not even the tile's other dates.
-    """
-    decided: dict[str, tuple[int, str]] = {}
-    clouded: list[str] = []
-    open_views: list[tuple[_View, str]] = []
-    by_pixels: dict[str | None, list[int]] = {}
-    for view in views:
-        answer = _told(view.item, dark, profile, override_dn) or _by_pixels(view, dark)
-        if isinstance(answer, str):
-            open_views.append((view, answer))
-            continue
-        decided[view.item.id] = answer
-        if "percentile" in answer[1]:
-            by_pixels.setdefault(view.item.tile, []).append(answer[0])
-    for view, why in open_views:
-        votes = by_pixels.get(view.item.tile, [])
-        if votes and len(set(votes)) == 1:
-            decided[view.item.id] = (
-                votes[0],
-                f"as the {len(votes)} other dates of tile {view.item.tile}; {why}",
-            )
-        elif np.count_nonzero(view.state == masks.CLEAR) < CLOUDED_SHARE * np.count_nonzero(_ground(view, dark)):
-            decided[view.item.id] = (0, why)
-            clouded.append(view.item.id)
-        else:
-            raise ItemError(
-                f"item {view.item.id}: whether its pixels hold the +1000 offset of baseline 04.00 cannot be decided "
-                f"({why}, and the tile's other dates do not settle it); set offset_dn: 0 or offset_dn: -1000 in the job"
-            )
-    return decided, tuple(clouded)
-
-
-def _told(item: Item, dark: str, profile: Profile, override_dn: int | None) -> tuple[int, str] | None:
-    """(offset, reason) where no pixel needs to be looked at, else None."""
-    policy = profile.offset.policy
-    if override_dn is not None:
-        return override_dn, "override of the job"
-    if policy == "none":
-        return 0, f"{profile.name} carries no offset"
-    if policy == "flag" and item.boa_offset_applied:
-        return 0, f"flag {profile.offset.flag} is true"
-    asset = item.assets[dark]
-    if policy == "metadata" and asset.offset is not None:
-        return round(asset.offset / asset.scale), "offset in the metadata"
-    baseline = float(item.baseline) if item.baseline else None
-    if baseline is not None and baseline < 4:
-        return 0, f"baseline {item.baseline} is before 04.00"
-    return None
-
-
-def _ground(view: _View, dark: str) -> NDArray[np.bool_]:
-    """Where a scene has data, snow included."""
-    return np.asarray(view.dark != (view.item.assets[dark].nodata or 0))
-
-
-def _by_pixels(view: _View, dark: str) -> tuple[int, str] | str:
-    """(offset, reason) from the darkest clear ground, or in words why it stays open."""
-    item = view.item
-    baseline = float(item.baseline) if item.baseline else None
-    usable = (view.state == masks.CLEAR) & _ground(view, dark) & (view.classes != SNOW_CLASS)
-    if np.count_nonzero(usable) < MIN_PIXELS:
-        return f"baseline {item.baseline or 'unknown'}, only {np.count_nonzero(usable)} clear snow-free cells"
-    p1 = float(np.percentile(view.dark[usable], 1))
-    if p1 < OFFSET_P1:
-        return 0, f"first percentile of clear {dark} is {p1:.0f} DN, below {OFFSET_P1}"
-    if baseline is None:
-        return f"baseline unknown, first percentile of clear {dark} is {p1:.0f} DN"
-    return -1000, f"baseline {item.baseline}, first percentile of clear {dark} is {p1:.0f} DN"
-
-
 def _fuse(
     acquisitions: Sequence[Acquisition],
-    views: dict[str, _View],
+    views: dict[str, View],
     offsets: dict[str, tuple[int, str]],
     dark: str,
     coarse: Grid,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    """State and codes per acquisition, (T, h, w): first clear scene by id, else the first with data."""
+    """State and codes per acquisition, (T, h, w): first clear scene by id, else the first with data.
+
+    Each view is let go as it is fused.
+    """
     state = np.zeros((len(acquisitions), *coarse.shape), np.uint8)
     codes = np.zeros(state.shape, np.uint16)
     for layer, acquisition in enumerate(acquisitions):
         for item in acquisition.items:
-            if item.id not in views:
+            view = views.pop(item.id, None)
+            if view is None:
                 continue
-            view = views[item.id]
+            there, pixels = state[layer][view.place], codes[layer][view.place]
             values = dn_to_codes(view.dark, item.assets[dark], offsets[item.id][0])
             seen = np.where(values == 0, masks.NODATA, view.state)
-            take = (seen != masks.NODATA) & (
-                (state[layer] == masks.NODATA) | ((state[layer] != masks.CLEAR) & (seen == masks.CLEAR))
-            )
-            np.copyto(state[layer], seen, where=take)
-            np.copyto(codes[layer], values, where=take)
+            take = (seen != masks.NODATA) & ((there == masks.NODATA) | ((there != masks.CLEAR) & (seen == masks.CLEAR)))
+            np.copyto(there, seen, where=take)
+            np.copyto(pixels, values, where=take)
     return state, codes
 
 

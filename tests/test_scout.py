@@ -2,26 +2,32 @@
 
 import json
 import shutil
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from pyproj import Transformer
+from shapely.geometry import Point
 from small_region import InlineClient, recipe, undecidable
 
 from pipeline import codes
 from pipeline.errors import ItemError
+from pipeline.grid import Grid
 from pipeline.items import Asset, Item
 from pipeline.mosaic import build
+from pipeline.offsets import View, decide_offsets
 from pipeline.profiles import load_profile
+from pipeline.reader import read_window
 from pipeline.records import RunFolder
-from pipeline.scout import Scouted, _View, decide_offsets
+from pipeline.scout import Scouted, _look, coarse_grid
 from pipeline.store import open_mosaic
 from pipeline.tasks import compose_window
 
 
 def _view(
     name="A", *, baseline=None, flag=None, offset=None, level=300.0, clear=True, snow=False, tile="33TWL", seed=0
-) -> _View:
+) -> View:
     """A coarse scene whose darkest band is around ``level`` DN, with bright ground and dark corners."""
     rng = np.random.default_rng(seed)
     ground = rng.gamma(4.0, 120.0, (40, 40)) + level
@@ -44,7 +50,7 @@ def _view(
     )
     classes = np.full((40, 40), 11 if snow else 4, np.uint8)
     state = np.full((40, 40), codes.CLEAR if clear else codes.CLOUD, np.uint8)
-    return _View(item, classes, state, np.rint(ground).astype(np.uint16))
+    return View(item, classes, state, np.rint(ground).astype(np.uint16), (slice(40), slice(40)))
 
 
 def _decided(view, profile, **more):
@@ -125,6 +131,43 @@ def test_the_region_s_contradicting_flags(small):
     assert len(pair) == 4
     assert {told[name]["earthsearch:boa_offset_applied"] for name in pair} == {False}
     assert all("percentile" in seen.offsets[name][1] for name in pair)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32633", "EPSG:3035", "EPSG:32635"])
+def test_of_a_wide_area_each_scene_is_held_where_it_lies(small, crs):
+    """A country has thousands of scenes, each on a small part of it. The window holds all that the area would."""
+    request, *_ = recipe(small.job())
+    items, rule, profile = request.found.items, request.found.mask, request.found.profile
+    to_crs = Transformer.from_crs(small.grid.crs, crs, always_xy=True)
+    middle = Point(to_crs.transform(small.grid.left + 2700, small.grid.top - 2700))
+    wide = Grid.around(middle.buffer(150_000), crs=crs, resolution_m=10)
+    coarse, _ = coarse_grid(wide, 2000, most_px=1600)
+    tracemalloc.start()
+    views, unread = _look(items, coarse, "blue", rule, profile, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(views) == len(items) > 30
+    assert unread == {}
+    of_the_area = len(items) * coarse.height * coarse.width * 4
+    assert sum(v.classes.nbytes + v.state.nbytes + v.dark.nbytes for v in views.values()) < of_the_area / 500
+    assert peak < of_the_area / 10
+    for item in items[::16]:
+        view = views[item.id]
+        for name, values, kind in (("blue", view.dark, "reflectance"), (rule.asset, view.classes, "classes")):
+            whole = read_window(item.assets[name], coarse, kind=kind, profile=profile)
+            assert np.count_nonzero(whole) > 0
+            np.testing.assert_array_equal(whole[view.place], values)
+            whole[view.place] = 0
+            assert not whole.any()
+
+
+def test_a_scene_beside_the_area_takes_one_cell(small):
+    request, *_ = recipe(small.job())
+    coarse, _ = coarse_grid(small.grid.window((-5000, -4000), (0, 1000)), 0)
+    views, unread = _look(request.found.items[:2], coarse, "blue", request.found.mask, request.found.profile, None)
+    assert unread == {}
+    assert {view.state.shape for view in views.values()} == {(1, 1)}
+    assert not any(view.state.any() or view.dark.any() for view in views.values())
 
 
 def test_dark_water_stays_valid(small):
