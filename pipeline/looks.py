@@ -26,7 +26,7 @@ from pipeline.items import Item
 from pipeline.mask_models import lattice_window, state_on_lattice
 from pipeline.outlines import extent, touches
 from pipeline.read_pool import ReadPool
-from pipeline.reader import coarse_grid, fuse_scenes, fuse_states, read_codes, read_window
+from pipeline.reader import coarse_grid, fuse_scenes, fuse_states, read_codes, read_window, spread_cells
 from pipeline.recipe import Recipe
 
 Span = tuple[int, int]
@@ -76,19 +76,22 @@ class Looks:
 
 @dataclass
 class _Strip:
-    """The masks of one strip of rows: states by scene, then grown bits."""
+    """The masks of one strip of rows: by layer the scenes' states and those that cannot be read, then grown bits."""
 
     cells: Grid
     offset: tuple[int, int]
     futures: list[list[tuple[Item, Future[NDArray[np.uint8]]]]]
     states: list[dict[str, NDArray[np.uint8]]] = field(default_factory=list)
-    failed: list[Item] = field(default_factory=list)
+    failed: list[list[Item]] = field(default_factory=list)
     bits: NDArray[np.uint8] | None = None
 
 
 @dataclass
 class _Block:
-    """Reads in flight for one sub-block: of each layer its scenes, each with its array and its bands' reads."""
+    """Reads in flight for one sub-block: of each layer its scenes, each with its array and its bands' reads.
+
+    Once gathered, ``bits`` are the strip's, made without the scenes whose bands could not be read here (``lost``).
+    """
 
     rows: Span
     cols: Span
@@ -96,6 +99,8 @@ class _Block:
     fresh: int
     codes: Codes
     layers: list[list[tuple[Item, Codes, list[Future[Codes]]]]]
+    bits: NDArray[np.uint8] | None = None
+    lost: bool = False
 
 
 def _undecided(item: Item) -> NDArray[np.uint8]:
@@ -144,7 +149,8 @@ class LookStream:
             same = following[0] == now.rows
             strip = strip if same else self._ask_strip(following[0])
             if recipe.ahead:
-                block = self._ask_block(*following, now if same else None)
+                # what a neighbour lost is tried again, instead of copied without a word
+                block = self._ask_block(*following, now if same and not now.lost else None)
                 yield self._mask(here, now, failed)
             else:
                 yield self._mask(here, now, failed)
@@ -194,22 +200,28 @@ class LookStream:
     def _grow(self, strip: _Strip) -> None:
         """Gather a strip's states, fuse them by acquisition, and grow."""
         recipe = self.recipe
-        resolution_m = recipe.grid.resolution_m * recipe.factor
         strip.bits = np.empty((len(recipe.acquisitions), *strip.cells.shape), np.uint8)
         for layer, scenes in enumerate(strip.futures):
-            states = []
+            states, failed = [], []
             for item, future in scenes:
                 try:
                     states.append((item.id, future.result()))
                 except ReadError as error:
                     asset = "offset" if item.offset_dn is None else recipe.mask_model or recipe.rule.asset
                     self.failures.append((item.id, asset, str(error)))
-                    strip.failed.append(item)
+                    failed.append(item)
             fused = fuse_states([state for _, state in states]) if states else np.zeros(strip.cells.shape, np.uint8)
-            (strip.bits[layer],) = masks.grown_bits(state=fused[None], resolution_m=resolution_m, params=recipe.params)
+            strip.bits[layer] = self._grown(fused)
             # Fusing bands needs the scenes' own states only where scenes meet.
             strip.states.append(dict(states) if len(states) > 1 else {})
+            strip.failed.append(failed)
             scenes.clear()
+
+    def _grown(self, state: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Grown bits of one layer's state."""
+        resolution_m = self.recipe.grid.resolution_m * self.recipe.factor
+        (bits,) = masks.grown_bits(state=state[None], resolution_m=resolution_m, params=self.recipe.params)
+        return bits
 
     # -- bands ----------------------------------------------------------------------------------------------
 
@@ -255,24 +267,51 @@ class LookStream:
     def _gather(self, strip: _Strip, block: _Block) -> NDArray[np.bool_] | None:
         """Wait for a sub-block's reads and fuse its scenes; where a read failed, None if nowhere."""
         failed = np.zeros(block.fine.shape, bool)
-        for item in strip.failed:
-            failed |= extent(item.assets[self.recipe.outline], block.fine)
-        left = strip.offset[1] + block.cols[0] - self.cols[0] + block.fresh
+        block.bits = strip.bits
+        offset = self._inside(strip, block)
         for layer, scenes in enumerate(block.layers):
-            good = []
+            masked = strip.failed[layer]
+            good, gone = [], [extent(item.assets[self.recipe.outline], block.fine) for item in masked]
+            lost = set()
             for item, array, reads in scenes:
                 self.seen.add(item.id)
-                if self._wait(item, reads) and item not in strip.failed:
+                if self._wait(item, reads) and item not in masked:
                     good.append((item.id, array))
-                else:
-                    failed |= extent(item.assets[self.recipe.bands[0]], block.fine)
+                    continue
+                gone.append(extent(item.assets[self.recipe.bands[0]], block.fine))
+                if item not in masked:
+                    lost.add(item.id)
             own = block.codes[layer, :, :, block.fresh :]
             if scenes and not good:
                 own.fill(0)
             elif len(scenes) > 1:
-                own[...] = self._fuse(strip.states[layer], good, (strip.offset[0], left))
+                own[...] = self._fuse(strip.states[layer], good, (offset[0], offset[1] + block.fresh))
+            if lost:
+                block.lost = True
+                self._mask_without(lost, layer, strip, block)
+            if gone:
+                failed |= np.logical_or.reduce(gone) & ~self._served(layer, block, offset)
             scenes.clear()
         return failed if failed.any() else None
+
+    def _inside(self, strip: _Strip, block: _Block) -> Span:
+        """(row, col) of a sub-block's [0, 0] in its strip's cells, in grid pixels."""
+        return strip.offset[0], strip.offset[1] + block.cols[0] - self.cols[0]
+
+    def _mask_without(self, lost: set[str], layer: int, strip: _Strip, block: _Block) -> None:
+        """Make the mask of a pass of the scenes that are left: a scene that shows nothing hides nothing either."""
+        assert strip.bits is not None
+        assert block.bits is not None
+        if left := [state for name, state in strip.states[layer].items() if name not in lost]:
+            if block.bits is strip.bits:  # which serves the strip's other sub-blocks too
+                block.bits = strip.bits.copy()
+            block.bits[layer] = self._grown(fuse_states(left))
+
+    def _served(self, layer: int, block: _Block, offset: Span) -> NDArray[np.bool_]:
+        """(H, W) bool: where a pass is clear in a scene that was read; nothing is lost there."""
+        assert block.bits is not None
+        hidden = spread_cells(block.bits[layer], self.recipe.factor, offset, block.fine.shape)
+        return np.asarray(np.minimum.reduce(block.codes[layer]) != 0) & (hidden == 0)
 
     def _wait(self, item: Item, reads: list[Future[Codes]]) -> bool:
         """Wait for all bands of a scene; False where any failed."""
@@ -294,9 +333,9 @@ class LookStream:
 
     def _mask(self, strip: _Strip, block: _Block, failed: NDArray[np.bool_] | None) -> Looks:
         recipe = self.recipe
-        assert strip.bits is not None
+        assert block.bits is not None
         dark, nir = temporal_bands(recipe.bands)
-        left = strip.offset[1] + block.cols[0] - self.cols[0]
+        offset = self._inside(strip, block)
         look = masks.look_bits if recipe.tells_shadow else masks.clear_looks
         marks = np.empty((len(block.codes), *block.fine.shape), np.uint8)
         for top in range(
@@ -304,9 +343,9 @@ class LookStream:
         ):  # what is only passed on need not be held for the whole block
             codes = block.codes[:, :, top : top + MASK_ROWS]
             unchecked = masks.Unchecked(
-                bits=strip.bits,
+                bits=block.bits,
                 factor=recipe.factor,
-                offset=(strip.offset[0] + top, left),
+                offset=(offset[0] + top, offset[1]),
                 valid=np.minimum.reduce(codes, axis=1) != 0,
                 codes=codes[:, dark],
                 nir=None if nir is None else codes[:, nir],
@@ -316,5 +355,4 @@ class LookStream:
             )
             marks[:, top : top + MASK_ROWS] = look(unchecked)
         clear, hidden_by = (marks == 0, marks) if recipe.tells_shadow else (marks.view(bool), None)
-        offset = (strip.offset[0], left)
-        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed, strip.bits, offset, hidden_by)
+        return Looks(block.rows, block.cols, block.fine, block.codes, clear, failed, block.bits, offset, hidden_by)

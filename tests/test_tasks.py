@@ -6,19 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import zarr
 from small_region import HEIGHT, WIDTH, layers_equal, recipe
 
-from pipeline.block import NO_DATA, OUTSIDE, READ_FAILED
+from pipeline.block import NO_DATA, OUTSIDE, READ_FAILED, Layers
 from pipeline.errors import ReadError
 from pipeline.grid import Grid
-from pipeline.looks import LookStream
+from pipeline.items import Item
+from pipeline.looks import Looks, LookStream
+from pipeline.outlines import extent
 from pipeline.periods import Period
 from pipeline.planning import STREAMING_GB, USABLE, peak_bytes, plan_tasks
 from pipeline.read_pool import ReadPool
 from pipeline.recipe import Recipe
+from pipeline.scout import Scouted
 from pipeline.store import publish
-from pipeline.tasks import Task, compose_window, run_task
+from pipeline.tasks import Task, _compose, compose_window, run_task
 
 METHODS = ("median", "linear", "regression")
 
@@ -163,6 +167,80 @@ def test_a_read_that_fails_is_flagged_and_reported(small, whole, tmp_path):
     same = ~failed & (counts == before)
     assert same[~south].mean() > 0.99
     np.testing.assert_array_equal(store["red"][0][same], all_of_it.codes[2][same])
+
+
+def _streamed(asked: Recipe, rows: tuple[int, int], cols: tuple[int, int]) -> list[tuple[Looks, Layers]]:
+    """The sub-blocks of a window and what is composed of them, whatever reads fail."""
+    with ReadPool(threads=2, ahead=100) as pool:
+        return [(replace(looks, codes=None), _compose(asked, looks)) for looks in LookStream(asked, rows, cols, pool)]
+
+
+def _clearest(seen: Scouted, asked: Recipe) -> int:
+    """The layer of two scenes that shows most."""
+    both = [number for number, layer in enumerate(asked.acquisitions) if len(layer.items) == 2]
+    return max(both, key=lambda number: seen.layers[number].clear_share)
+
+
+@pytest.mark.parametrize("name", ["median", "regression"])
+def test_where_a_scene_fails_its_neighbour_of_the_same_pass_serves(whole, name):
+    """The scene shows nothing, so it hides nothing: as if it were not there; what the neighbour shows is no fault."""
+    _, seen, asked, _ = whole[name]
+    layer = _clearest(seen, asked)
+    south, north = asked.acquisitions[layer].items
+    assert (south.tile, north.tile) == ("33TWL", "33TWM")
+    gone = replace(south, assets={**south.assets, "red": replace(south.assets["red"], href="/nowhere.tif")})
+
+    def with_items(*items: Item) -> Recipe:
+        passes = list(asked.acquisitions)
+        passes[layer] = replace(passes[layer], items=items)
+        # all of the southern scene is cloud, which would grow over its neighbour
+        return replace(asked, acquisitions=tuple(passes), clouded=frozenset({south.id}), cut_px=(180, 75))
+
+    rows, cols = (200, 380), (100, 250)
+    failed, served = np.zeros((2, 600, 600), bool)
+    alone, broken = (_streamed(with_items(*items), rows, cols) for items in ((north,), (gone, north)))
+    for (looks, wanted), (_, got) in zip(alone, broken, strict=True):
+        there = slice(*looks.rows), slice(*looks.cols)
+        failed[there] = (got.flags & READ_FAILED) > 0
+        inner = tuple(slice(asked.halo, size - asked.halo) for size in looks.fine.shape)
+        served[there] = looks.clear[layer][inner]
+        layers_equal(wanted, replace(got, flags=got.flags & ~np.uint16(READ_FAILED)))
+    window = slice(*rows), slice(*cols)
+    lies = extent(south.assets["red"], asked.grid)[window]
+    failed, served = failed[window], served[window]
+    assert not failed[~lies].any()
+    assert not failed[served].any()
+    assert (failed | served)[lies].mean() > 0.99  # but for what the comparison of dates calls
+    assert 0.2 < served[lies].mean() < 0.8
+
+
+def test_what_a_sub_block_could_not_read_its_neighbour_does_not_pass_on(small, tmp_path):
+    """Sub-blocks share a margin; where the left one failed, the right one must flag it, or read it itself."""
+    more = {"method": {"name": "regression"}, "mask": {"temporal_check": False}}
+    _, seen, asked = recipe(small.job(**more))
+    struck = asked.acquisitions[_clearest(seen, asked)].items[1].id
+
+    def spoil(features):
+        (asset,) = (feature["assets"]["red"] for feature in features if feature["id"] == struck)
+        data = bytearray(Path(asset["href"]).read_bytes())
+        with rasterio.open(asset["href"]) as dataset:
+            names = [f"BLOCK_{what}_0_0" for what in ("OFFSET", "SIZE")]
+            start, size = (int(dataset.get_tag_item(name, "TIFF", bidx=1)) for name in names)
+        data[start : start + size] = bytes(size)
+        (tmp_path / "B04.tif").write_bytes(data)
+        asset["href"] = str(tmp_path / "B04.tif")
+        return features
+
+    _, _, spoilt = recipe(small.job(**more, catalog=str(small.changed_items(tmp_path / "items.json", spoil))), seen)
+    rows, cols = (20, 60), (260, 520)
+    both = (_streamed(replace(each, cut_px=(64, 128)), rows, cols) for each in (asked, spoilt))
+    fewer = flagged = 0
+    for (looks, before), (_, after) in zip(*both, strict=True):
+        lost = after.clear_count < before.clear_count
+        failed = (after.flags & READ_FAILED) > 0
+        assert not (lost & ~failed).any(), looks.cols
+        fewer, flagged = fewer + int(lost.sum()), flagged + int(failed.sum())
+    assert 0 < fewer <= flagged < 40 * 260
 
 
 def test_a_scene_that_only_the_scout_failed_to_read_is_not_guessed_at(small, whole, tmp_path):
