@@ -9,8 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import shapely
@@ -26,6 +27,9 @@ from pipeline.errors import ConfigError
 from pipeline.grid import Grid, crs_name, projected_crs, utm_crs
 from pipeline.items import Item
 from pipeline.tiles import TILE_M, tile_origin
+
+STRIP_ROWS: Final = 2048
+"""Rows of a polygon drawn at a time: a byte for each pixel of a country would take ten gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,26 @@ class Region:
         )
         return replace(grid, sharded=spec.sharded)
 
-    def inside(self, grid: Grid) -> NDArray[np.bool_] | None:
-        """(height, width) bool of pixel centres inside a polygon; None where all of the grid is the area."""
-        if not self.polygon:
-            return None
-        outline = self.project(grid.crs)
-        out: NDArray[np.bool_] = geometry_mask([outline], grid.shape, grid.transform, invert=True)
-        return out
+    def inside(self, grid: Grid) -> NDArray[np.uint8] | None:
+        """Which pixel centres lie inside a polygon; None where all of the grid is the area.
+
+        Returns:
+            (height, ceil(width / 8)) uint8, the bits of each row packed as ``np.packbits`` does; read-only, as the
+            periods of a series share it.
+        """
+        return _drawn(self, grid) if self.polygon else None
+
+
+@lru_cache(maxsize=1)  # of a country it takes a minute and a gigabyte, and a job has but one area
+def _drawn(region: Region, grid: Grid) -> NDArray[np.uint8]:
+    outline = region.project(grid.crs)
+    out = np.empty((grid.height, -(-grid.width // 8)), np.uint8)
+    for top in range(0, grid.height, STRIP_ROWS):
+        part = grid.window((top, min(top + STRIP_ROWS, grid.height)), (0, grid.width))
+        inside = geometry_mask([outline], part.shape, part.transform, invert=True)
+        out[top : top + STRIP_ROWS] = np.packbits(inside, axis=1)
+    out.setflags(write=False)
+    return out
 
 
 def _wrap(longitude: float) -> float:

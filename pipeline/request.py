@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-import numpy as np
-
 from pipeline import learned
 from pipeline import mask as masks
 from pipeline.block import check_method
@@ -125,7 +123,6 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
     model = job.mask.model
     assets = [item.assets[job.bands[0] if model else found.mask.asset] for a in acquisitions for item in a.items]
     factor, phase = (1, (0, 0)) if model else mask_lattice(assets, grid)
-    inside = request.region.inside(grid)
     remote = any(is_remote(asset.href) for asset in assets)
     return Recipe(
         grid=grid,
@@ -142,7 +139,7 @@ def recipe_of(request: Request, period: Period, acquisitions: Sequence[Acquisiti
         clouded=frozenset(seen.clouded) if seen else frozenset(),
         anchors=seen.anchors if seen else None,
         profile=found.profile.model_copy(update={"verify_checksums": job.limits.verify_checksums}),
-        inside=None if inside is None else np.packbits(inside, axis=1),
+        inside=request.region.inside(grid),
         cut_px=(1024, 1024),
         origin=cut_origin(grid, [item for a in acquisitions for item in a.items], job.bands),
         threads=job.cluster.reads_per_worker or (8 if remote else 2),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rasterio.features import geometry_mask
 from shapely.geometry import box
 
 from pipeline.config import Area, GridSpec
@@ -79,9 +80,28 @@ def test_a_polygon_file_split_at_180_and_its_outside(tmp_path):
     region = region_of(Area(geojson=tmp_path / "a.geojson"))
     assert region.geometry.bounds == pytest.approx((179.9, 65, 180.1, 65.1))
     grid = region.grid(GridSpec(resolution_m=100), [], ["red"])
-    inside = region.inside(grid)
-    assert inside is not None
+    drawn = region.inside(grid)
+    assert drawn is not None
+    inside = np.unpackbits(drawn, axis=1, count=grid.width)
     assert 0.4 < inside.mean() < 0.6
+
+
+def test_a_polygon_is_drawn_once_in_strips_as_it_would_be_at_once(tmp_path, monkeypatch):
+    """The periods of a series share it, though each search makes its region anew."""
+    angles = np.linspace(0, 2 * np.pi, 300, endpoint=False)
+    radius = 0.03 * (1 + 0.4 * np.random.default_rng(0).random(300))
+    ring = np.stack([15 + radius * np.cos(angles), 46 + radius * np.sin(angles)], axis=1)
+    shape = {"type": "Polygon", "coordinates": [[*ring.tolist(), ring[0].tolist()]]}
+    (tmp_path / "a.geojson").write_text(json.dumps(shape))
+    monkeypatch.setattr("pipeline.region.STRIP_ROWS", 37)
+    one, other = (region_of(Area(geojson=tmp_path / "a.geojson")) for _ in range(2))
+    grid = one.grid(GridSpec(), [], ["red"])
+    drawn = one.inside(grid)
+    assert drawn is other.inside(grid)
+    at_once = geometry_mask([one.project(grid.crs)], grid.shape, grid.transform, invert=True)
+    assert 0.5 < at_once.mean() < 0.9
+    np.testing.assert_array_equal(np.unpackbits(drawn, axis=1, count=grid.width), at_once)
+    assert drawn is not one.inside(grid.padded(1))
 
 
 @pytest.mark.parametrize(
