@@ -271,7 +271,7 @@ def compose_case(method: Method, case: Case) -> Layers:
 
 
 def _score(layers: Layers, case: Case, where: dict[str, Flags]) -> Row:
-    truth, made = np.nan_to_num(metrics.reflectance(case.truth)), _clipped(layers.codes)
+    truth, made = metrics.reflectance(case.truth), _clipped(layers.codes)
     scored = where["scored"]
     row: Row = {"pixels": int(scored.sum())}
     own: dict[str, Any] = {"predicted": made, "truth": truth, "scored": scored}

@@ -42,20 +42,23 @@ def undistorted(given: Batch) -> Batch:
 def scores(
     truth: NDArray[Any], image: NDArray[Any], prior: NDArray[Any], where: NDArray[np.bool_]
 ) -> tuple[float, ...]:
-    """Sums for ``train``: squared error, count of values, PSNR, SSIM, 1 for the case, PSNR of the prior; 0 for nothing.
+    """Sums for ``train``: squared error, values, PSNR, PSNR of the prior, 1 for the case; SSIM, 1 if it has one.
 
-    ``truth``, ``image`` and ``prior`` are (C, H, W) reflectance, ``where`` (H, W) bool says what to score.
+    All are 0 for nothing. ``truth``, ``image`` and ``prior`` are (C, H, W) reflectance, ``truth`` 0 in all bands where
+    it is unknown; ``where`` (H, W) bool says what to score.
     """
     if not where.any():
-        return (0.0,) * 6
+        return (0.0,) * 7
     image = np.clip(image, 0, 1)
     error = (image - truth)[:, where]
     own = {"predicted": image, "truth": truth, "scored": where}
     fused = np.where(where, image, truth)
-    similar = metrics.ssim(predicted=fused, truth=truth, scored=where)
+    known = np.where((truth == 0).all(axis=0), np.nan, truth)
+    similar = metrics.ssim(predicted=fused, truth=known, scored=where)
     reference = metrics.psnr(predicted=prior, truth=truth, scored=where)
     psnr = min(metrics.psnr(**own), 99.0)
-    return float((error**2).sum()), float(error.size), psnr, similar, 1.0, min(reference, 99.0)
+    errors = float((error**2).sum()), float(error.size), psnr, min(reference, 99.0), 1.0
+    return (*errors, similar, 1.0) if np.isfinite(similar) else (*errors, 0.0, 0.0)
 
 
 def timed(loader: Iterable[Lesson]) -> Iterator[tuple[float, Lesson]]:

@@ -82,7 +82,8 @@ def ssim(*, predicted: ArrayLike, truth: ArrayLike, scored: Bool, eroded: bool =
     Args:
         predicted: ``(B, H, W)`` reflectance, the prediction pasted into the observed truth (no zeros as
         filling).
-        truth: ``(B, H, W)`` reflectance.
+        truth: ``(B, H, W)`` reflectance, NaN where it is unknown (in any band): windows that touch such a pixel are
+            left out, in all bands, as there is nothing to compare with.
         scored: ``(H, W)`` bool.
         eroded: average over the windows that lie in ``scored`` as a whole, instead of those that touch it.
 
@@ -93,11 +94,13 @@ def ssim(*, predicted: ArrayLike, truth: ArrayLike, scored: Bool, eroded: bool =
     where = ndimage.binary_erosion(scored, window) if eroded else ndimage.binary_dilation(scored, window)
     inside = np.zeros_like(where)
     inside[SSIM_RADIUS_PX:-SSIM_RADIUS_PX, SSIM_RADIUS_PX:-SSIM_RADIUS_PX] = True
-    where &= inside
+    t = np.asarray(truth, np.float64)
+    known = np.isfinite(t).all(axis=0)
+    where &= inside & ndimage.binary_erosion(known, window)
     if not where.any():
         return float("nan")
-    p = np.clip(np.asarray(predicted, np.float64), 0.0, 1.0)
-    t = np.asarray(truth, np.float64)
+    p = np.where(known, np.clip(np.asarray(predicted, np.float64), 0.0, 1.0), 0.0)
+    t = np.where(known, t, 0.0)
     return float(np.mean([_ssim_map(a, b)[where].mean() for a, b in zip(p, t, strict=True)]))
 
 

@@ -187,7 +187,7 @@ class Course:
         """Errors on the validation samples' holes, of the network and of its prior."""
         self.scheme.net.eval()
         self.exam.epoch = self.exam.first = 0
-        sums = torch.zeros(6, dtype=torch.float64)  # squared error, its count, PSNR, SSIM, cases, prior's PSNR
+        sums = torch.zeros(7, dtype=torch.float64)  # as ``scores`` gives them
         for _, lesson in timed(loader):
             there = lesson.to(self.fabric.device)
             made = self.scheme.answer(undistorted(there.given)).image.float().cpu()
@@ -195,9 +195,9 @@ class Course:
             for truth, image, prior, where in zip(lesson.truth, made, lesson.given.prior, scored, strict=True):
                 sums += torch.tensor(scores(truth.numpy(), image.numpy(), prior.numpy(), where.numpy()))
         total: Any = self.fabric.all_reduce(sums, reduce_op="sum")
-        squared, count, psnr, ssim, cases, prior = (float(v) for v in total)
+        squared, count, psnr, prior, cases, ssim, similar = (float(v) for v in total)
         row = {"epoch": float(self.state.epoch), "step": float(self.state.step), "mse": squared / max(count, 1)}
-        row |= {"psnr": psnr / max(cases, 1), "ssim": ssim / max(cases, 1), "prior_psnr": prior / max(cases, 1)}
+        row |= {"psnr": psnr / max(cases, 1), "ssim": ssim / max(similar, 1), "prior_psnr": prior / max(cases, 1)}
         gamma = _gamma(self.model)
         return row | {"loss": self.records.loss_of(self.state.epoch), "gamma": gamma, "rate": self._rate()}
 

@@ -81,6 +81,23 @@ def test_ssim_equals_its_formula_in_one_window() -> None:
     assert np.isnan(metrics.ssim(predicted=truth[:, :8, :8], truth=truth[:, :8, :8], scored=scored[:8, :8]))
 
 
+def test_ssim_leaves_out_windows_that_touch_unknown_truth() -> None:
+    """What is unknown on both sides would count as perfectly alike, and lift every score."""
+    truth, predicted = scene(0), scene(1)
+    scored = np.zeros((24, 24), bool)
+    scored[6:12, 5:9] = True
+    whole = {"predicted": np.where(scored, predicted, truth), "scored": scored}
+    hidden = truth.copy()
+    hidden[1, 11:, 15:] = np.nan  # in one band: windows centred on [6:, 10:] touch it
+    kept = np.zeros((24, 24), bool)  # centres of windows that touch what is scored and nothing unknown
+    kept[5:17, 5:14] = True
+    kept[6:, 10:] = False
+    expected = np.mean([metrics._ssim_map(p, t)[kept].mean() for p, t in zip(whole["predicted"], truth, strict=True)])
+    assert metrics.ssim(**whole, truth=hidden) == pytest.approx(expected)
+    assert metrics.ssim(**whole, truth=hidden) != pytest.approx(metrics.ssim(**whole, truth=truth), rel=1e-3)
+    assert np.isnan(metrics.ssim(**whole, truth=np.where(scored, truth, np.nan)))
+
+
 def test_bootstrap_resamples_blocks_and_not_cases() -> None:
     rng = np.random.default_rng(3)
     levels = np.repeat(rng.normal(1.0, 1.0, 26), 8)  # eight equal cases a date tell no more than one
