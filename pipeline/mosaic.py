@@ -260,7 +260,7 @@ def _begin_slot(request: Request, period: Period, path: str, run: RunFolder, *, 
 
 
 def _build_period(request: Request, period: Period, context: RunContext, seen: Scouted | None) -> dict[str, Any]:
-    job, run, progress = request.job, context.records, context.progress
+    job, run = request.job, context.records
     name = run.period(period.slot)
     outcome: dict[str, Any] = {
         "slot": period.slot,
@@ -279,12 +279,7 @@ def _build_period(request: Request, period: Period, context: RunContext, seen: S
             raise NoItemsError(f"{message}; widen time or the area")
         return empty
     context.connect()  # a cluster that does not come up is told before the scout begins
-    record = run.read(name, "scout.json")
-    if seen is None or record:
-        seen = Scouted.from_dict(record) if record else _survey(request, period, acquisitions, progress)
-    if not record:
-        run.write(seen.to_dict(), name, "scout.json")
-        keep_before(request, acquisitions, seen, run, period.slot)
+    seen = _scouted(request, period, acquisitions, context, seen)
     recipe = recipe_of(request, period, acquisitions, seen)
     recipe, tasks = plan_tasks(recipe, job, done=run.done(period.slot))
     began = time.perf_counter()
@@ -313,6 +308,24 @@ def _build_period(request: Request, period: Period, context: RunContext, seen: S
     outcome |= {"published": True, "message": "finished", "key": key, "anchors": anchor_names(seen, acquisitions)}
     run.write(outcome, name, "manifest.json")
     return outcome
+
+
+def _scouted(
+    request: Request, period: Period, acquisitions: Sequence[Acquisition], context: RunContext, seen: Scouted | None
+) -> Scouted:
+    """The scout's answer: the recorded one where any shard was made by it, as all of them must agree."""
+    run, name = context.records, context.records.period(period.slot)
+    record = run.read(name, "scout.json")
+    if record and record["unread"] and not run.done(period.slot):
+        # Nothing was made by it: what could not be read then is tried again, and tasks it sent out may not write now.
+        run.write({**(run.read(name, "begun.json") or {}), "id": uuid.uuid4().hex}, name, "begun.json")
+        record = None
+    if record:
+        return Scouted.from_dict(record)
+    seen = seen or _survey(request, period, acquisitions, context.progress)
+    run.write(seen.to_dict(), name, "scout.json")
+    keep_before(request, acquisitions, seen, run, period.slot)
+    return seen
 
 
 def _leave_empty(outcome: dict[str, Any], message: str, period: Period, context: RunContext) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run remembers: in come facts about a run, out come small objects in ``<store>.run/`` from which it goes on.
 
     request.json        identity of the store and the fields of the job that shape pixels
-    period-<slot>/      items.json (frozen), begun.json (of a series: identity, id of this beginning),
+    period-<slot>/      items.json (frozen), begun.json (id of this beginning; of a series its identity too),
                         scout.json (offsets, clear shares, anchors), manifest.json, before.npz
     period-<slot>/done/ one mark per finished shard, ``<row>.<col>.json``; ``done-<level>/`` those of an overview
     lock                who works on the store (``pipeline.lock``)
@@ -108,7 +108,7 @@ class RunFolder:
             return [facts for facts in found if facts is not None]
 
     def fence(self, slot: int) -> str | None:
-        """Who may write a period: the run's id, in a series that of the period's beginning too; None: no records."""
+        """Who may write a period: the run's id, and that of the period's beginning if any; None: no records."""
         ids = [
             (self.read("request.json") or {}).get("run"),
             (self.read(self.period(slot), "begun.json") or {}).get("id"),

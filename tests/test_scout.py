@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pyproj import Transformer
 from shapely.geometry import Point
-from small_region import InlineClient, recipe, undecidable
+from small_region import InlineClient, recipe, same_objects, undecidable
 
 from pipeline import codes
 from pipeline.errors import ItemError
@@ -18,8 +18,9 @@ from pipeline.items import Asset, Item
 from pipeline.mosaic import build
 from pipeline.offsets import View, decide_offsets
 from pipeline.profiles import load_profile
-from pipeline.reader import read_window
+from pipeline.reader import close_handles, read_window
 from pipeline.records import RunFolder
+from pipeline.runner import Silent
 from pipeline.scout import Scouted, _look, coarse_grid
 from pipeline.store import open_mosaic
 from pipeline.tasks import compose_window
@@ -218,6 +219,61 @@ def test_the_record_is_what_every_task_obeys(small, tmp_path, monkeypatch):
     RunFolder(again).write(changed.to_dict(), "period-0000", "scout.json")
     build(job=small.job(again, **part), client=InlineClient(monkeypatch))
     assert (open_mosaic(store=again)["red"].values != first).any()
+
+
+class _Stops(Silent):
+    """Ends a run like Ctrl-C when so many shards are written."""
+
+    def __init__(self, shards: int) -> None:
+        self.left = shards
+
+    def begin(self, what, total):
+        if what == "shards" and not self.left:
+            raise KeyboardInterrupt
+
+    def event(self, what, **_):
+        self.left -= what == "task"
+        if what == "task" and not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("shards", [0, 1])
+def test_a_scene_that_could_not_be_read_is_tried_again_while_nothing_was_made(small, tmp_path, monkeypatch, shards):
+    """After that the record binds: shards that know other scenes and anchors would not fit together."""
+    part = {
+        "area": {"bbox": small.bbox((200, 400), (200, 400))},
+        "grid": {"crs": "EPSG:32633", "shard_px": 128},
+        "limits": {"max_failed_fraction": 0.5},
+    }
+    monkeypatch.setattr("pipeline.planning.TASK_PX", 128)
+    scene = tmp_path / "B02.tif"
+
+    def moved(features):
+        chosen = [f for f in features if f["id"] == "S2A_33TWL_20210619_0_L2A"]
+        shutil.copy(chosen[0]["assets"]["blue"]["href"], scene)
+        chosen[0]["assets"]["blue"]["href"] = str(scene)
+        return features
+
+    part["catalog"] = str(small.changed_items(tmp_path / "items.json", moved))
+    job, quiet = (small.job(tmp_path / f"{name}.zarr", **part) for name in ("store", "quiet"))
+    build(job=quiet, client=InlineClient(monkeypatch))
+    scene.rename(tmp_path / "away.tif")
+    close_handles()  # a file that is open stays readable
+    with pytest.raises(KeyboardInterrupt):
+        build(job=job, client=InlineClient(monkeypatch), progress=_Stops(shards))
+    run = RunFolder(tmp_path / "store.zarr")
+    before, fence = run.read("period-0000", "scout.json"), run.fence(0)
+    assert list(before["unread"]) == ["S2A_33TWL_20210619_0_L2A"]
+    assert bool(shards) == (0 < len(run.done(0)) < 4)
+    (tmp_path / "away.tif").rename(scene)
+    build(job=job, client=InlineClient(monkeypatch))
+    if shards:
+        assert run.read("period-0000", "scout.json") == before
+        assert run.fence(0) == fence
+    else:
+        assert run.read("period-0000", "scout.json")["unread"] == {}
+        assert run.fence(0) != fence  # a task that the first run sent out may no longer write
+        same_objects(tmp_path / "store.zarr", tmp_path / "quiet.zarr")
 
 
 def test_an_undecidable_offset_asks_and_then_obeys(small, tmp_path, monkeypatch):
