@@ -13,7 +13,11 @@ from pipeline.errors import ConfigError
 def preview(
     store: Annotated[str, typer.Argument(help="Zarr store of a finished mosaic.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="PNG to write; default: beside the store, of one in a bucket here.")
+        Path | None,
+        typer.Option(
+            help="PNG to write; default: NAME.preview.png, .animation.png or .sheet.png beside the store, of one in a "
+            "bucket here.",
+        ),
     ] = None,
     period: Annotated[str, typer.Option(help="Finished period: its number from 0 (-1 is the last) or a day.")] = "-1",
     animate: Annotated[bool, typer.Option("--animate", help="All periods one after the other (animated PNG).")] = False,
@@ -31,7 +35,8 @@ def preview(
 
         if animate and sheet:
             raise ConfigError("preview: --animate and --sheet exclude each other; take one")
-        target = out or Path(beside(store, ".series.png" if animate or sheet else ".preview.png"))
+        ending = ".animation.png" if animate else ".sheet.png" if sheet else ".preview.png"
+        target = out or Path(beside(store, ending))
         if "://" in store and out is None:
             target = Path(target.name)
         if animate or sheet:
@@ -41,7 +46,7 @@ def preview(
 
 
 def view(
-    stores: Annotated[list[Path], typer.Argument(help="Zarr stores of finished mosaics, in one CRS.")],
+    stores: Annotated[list[str], typer.Argument(help="Zarr stores of finished mosaics, in one CRS.")],
     port: Annotated[
         int | None, typer.Option(help="Port on this machine; default 8765 or, if that is busy, a free one.")
     ] = None,
@@ -64,7 +69,7 @@ def view(
                 print(json.dumps({"url": url}), flush=True)
                 return
             there = "" if opened or not browser else "; there is no browser here, so open that address in one"
-            print(f"{', '.join(map(str, stores))}: shown at {url}{there}. Ctrl-C ends it.", flush=True)
+            print(f"{', '.join(stores)}: shown at {url}{there}. Ctrl-C ends it.", flush=True)
 
         serve(stores, port=port, at=at, browser=browser and not as_json, ready=ready)
 

@@ -8,6 +8,7 @@
 Layout, metadata and identity are the same for every kind and live in ``pipeline.store``; nothing else asks which it is.
 """
 
+import re
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -53,6 +54,9 @@ class Location(Protocol):
 
     def names(self) -> set[str]:
         """What lies at the top of the place; nothing where there is no store."""
+
+    def version(self) -> str:
+        """What changes whenever something is published, fit for an address; empty where nothing was."""
 
     def reader(self) -> Store:
         """What readers see."""
@@ -153,6 +157,13 @@ class Folder(_Plain):
             return {entry.name for entry in path.iterdir()}
         return {path.name} if path.exists() else set()
 
+    def version(self) -> str:
+        """See ``Location``: the metadata that are written last."""
+        try:
+            return f"{(Path(self.where) / 'zarr.json').stat().st_mtime_ns:x}"
+        except OSError:
+            return ""
+
     def reader(self) -> Store:
         """See ``Location``."""
         return LocalStore(self.where)
@@ -192,6 +203,14 @@ class Bucket(_Plain):
         """See ``Location``."""
         found = s3_store(self.where).list_with_delimiter()
         return {*found["common_prefixes"], *(meta["path"] for meta in found["objects"])}
+
+    def version(self) -> str:
+        """See ``Location``: the metadata that are written last, which may come again with the same bytes."""
+        try:
+            root = s3_store(self.where).head("zarr.json")
+        except FileNotFoundError:
+            return ""
+        return re.sub(r"\W", "", f"{root['e_tag']}{root['last_modified'].timestamp():.0f}")
 
     def reader(self) -> Store:
         """See ``Location``."""

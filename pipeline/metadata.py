@@ -1,9 +1,11 @@
 """Metadata of a store's levels: in come grids, layers, times and attributes, out come ``zarr.json`` and coordinates.
 
 Written in the order in which a reader may meet them: the coarsest level first, the root last, and where a store has
-consolidated metadata, those at the very end.
+consolidated metadata, those at the very end. The JSON has no blanks: indented, metadata were 3 % of the demo's mosaic,
+and who reads over a network fetches all of the root's.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +16,9 @@ import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
+from zarr.storage import WrapperStore
 
 from pipeline import conventions
 from pipeline.grid import Grid
@@ -23,6 +26,16 @@ from pipeline.layers import LayerSpec, array_metadata
 
 TIME_CHUNK: Final = 512
 """Slots in one chunk of a coordinate along ``time``: fixed, so that growing never rewrites a chunk's place."""
+
+
+class _Compact(WrapperStore[Store]):
+    """A store whose metadata are written without blanks; zarr's own switch for that is one for the whole process."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        if key.endswith("zarr.json"):
+            text = json.dumps(json.loads(value.to_bytes()), separators=(",", ":"))
+            value = default_buffer_prototype().buffer.from_bytes(text.encode())
+        await super().set(key, value)
 
 
 def _put(group: zarr.Group, name: str, values: NDArray[Any], dims: Sequence[str], attrs: Mapping[str, Any]) -> None:
@@ -99,6 +112,7 @@ def put_levels(
         attrs: of level 0; ``cloudgate`` only there and on the root.
         consolidated: write consolidated metadata last.
     """
+    store = _Compact(store)
     root = zarr.open_group(store, mode="a")  # keeps what was consolidated before until the new stands
     for level, grid in reversed(list(enumerate(grids))):
         group = zarr.open_group(store, path=str(level), mode="a", use_consolidated=False)

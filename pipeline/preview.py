@@ -264,7 +264,7 @@ def _flags_panel(flags: NDArray[np.uint16]) -> Panel:
         if there.any():
             image[there] = colour
             legend.append((f"{name.replace('_', ' ')} {100 * there.mean():.1f} %", colour))
-    return "flags", _fit(image), legend
+    return "flags (a pixel can have several)", _fit(image), legend
 
 
 def _compose(

@@ -67,6 +67,10 @@ class Repository:
         foreign = {name for name in self._open().list_branches() if name != MAIN and not _UNIT.fullmatch(name)}
         return foreign | set(sync(_listed(self.reader())))
 
+    def version(self) -> str:
+        """See ``Location``: the commit that readers see."""
+        return str(self._open().lookup_branch(MAIN)) if self._exists() else ""
+
     def reader(self) -> Store:
         """See ``Location``."""
         return self._open().readonly_session(branch=MAIN).store

@@ -62,8 +62,10 @@ def pixel_at(store: ViewStore, x: float, y: float) -> tuple[int, int]:
 def composites(store: ViewStore, row: int, col: int) -> list[dict[str, Any]]:
     """What each finished period says at a pixel: reflectance by band (None = no data) and where it comes from."""
     out = []
+    places = [(name, period.slot) for period in store.periods for name in store.layers]
+    every = dict(zip(places, store.several(lambda place: int(store.value(*place, row, col)), places), strict=True))
     for period in store.periods:
-        raw = {name: int(store.value(name, period.slot, row, col)) for name in store.layers}
+        raw = {name: every[name, period.slot] for name in store.layers}
         values = {}
         for band in store.bands:
             seen = float(to_reflectance(np.array([raw[band]], np.uint16))[0])

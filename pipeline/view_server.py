@@ -20,6 +20,7 @@ from tornado.web import Application, RequestHandler, StaticFileHandler
 
 from pipeline import view_pixel, view_tiles
 from pipeline.errors import CloudgateError, ConfigError, RequestError
+from pipeline.redaction import without_secrets
 from pipeline.view_store import ViewStore
 
 LOOPBACK: Final = "127.0.0.1"
@@ -79,7 +80,7 @@ class Mosaics:
         return {
             "id": number,
             "title": store.title,
-            "name": store.path.name,
+            "name": store.name,
             "bounds": store.grid.bounds,
             "resolution_m": store.grid.resolution_m,
             "shape": store.grid.shape,
@@ -88,9 +89,7 @@ class Mosaics:
             "token": store.token,
             "notes": store.notes,
             **view_tiles.choices(store),
-            "periods": [
-                {**period.__dict__, "before": view_tiles.before_of(store, period.slot)} for period in store.periods
-            ],
+            "periods": [period.__dict__ for period in store.periods],
         }
 
     def _nodes(self) -> dict[str, Any]:
@@ -164,7 +163,7 @@ class _Handler(RequestHandler):
 
     def write_error(self, status_code: int, **more: Any) -> None:  # noqa: ARG002 - tornado's
         error = more["exc_info"][1] if "exc_info" in more else None
-        said = str(error) if isinstance(error, CloudgateError) else self._reason
+        said = without_secrets(str(error)) if isinstance(error, CloudgateError) else self._reason
         if isinstance(error, CloudgateError):
             self.set_status(404 if isinstance(error, RequestError) else 502)
         self.set_header("Content-Type", "application/json")
@@ -222,6 +221,15 @@ class _Before(_Picture):
         period = opened.period(int(slot)).slot
         span, gamma = self.stretch()
         self.png(await self.work(lambda: view_tiles.before_png(opened, period, span, gamma)))
+
+
+class _KeptBefore(_Handler):
+    """Whether there is a picture before, and where it lies."""
+
+    async def get(self, store: str, slot: str) -> None:
+        opened = self.mosaics.store(store)
+        period = opened.period(int(slot)).slot
+        self.finish({"before": await self.work(lambda: view_tiles.before_of(opened, period))})
 
 
 class _Pixel(_Handler):
@@ -289,6 +297,7 @@ class MapServer:
             [
                 (r"/api/mosaics", _Facts, shared),
                 (r"/api/layer/(\d+)/(\d+)", _Layer, shared),
+                (r"/api/before/(\d+)/(\d+)", _KeptBefore, shared),
                 (r"/api/pixel/(\d+)", _Pixel, shared),
                 (r"/api/looks/(\d+)/(\d+)", _Looks, shared),
                 (r"/api/shares/(\d+)/(\d+)", _Shares, shared),

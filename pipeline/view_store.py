@@ -1,4 +1,6 @@
-"""A mosaic opened for looking: in come the path of a store and a rectangle, out come its numbers at any zoom.
+"""A mosaic opened for looking: in come the place of a store and a rectangle, out come its numbers at any zoom.
+
+It may lie in a folder, a bucket or an icechunk repository; of the latter the commit is read that it was opened at.
 
 Level k has pixels of 2^k times the grid's, counted from the grid's top-left corner. Where the store holds no such
 level, it is made from the next finer one by taking every second pixel, chunk by chunk, so memory stays bounded.
@@ -7,8 +9,8 @@ Chunks that were read are kept, up to a limit.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +22,8 @@ from numpy.typing import NDArray
 from pipeline import store as stores
 from pipeline.errors import StoreMismatchError
 from pipeline.grid import Grid
+from pipeline.locations import store_at
+from pipeline.objects import telling
 from pipeline.records import RunFolder
 
 CHUNK: Final = 512
@@ -31,6 +35,8 @@ FEW_PX: Final = 2048
 SAMPLE_PX: Final = 1024
 """A level of at most this side is read whole for percentiles; of a larger one some chunks are."""
 SAMPLE_CHUNKS: Final = 12
+READERS: Final = 16
+"""Chunks read at a time where several are wanted: in a bucket each takes round trips."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class ViewStore:
     """One store, opened for looking.
 
     Attributes:
-        path: the store.
+        path: the store, as it was named.
+        name: the last part of that.
         title: what the job was called.
         grid: full resolution.
         bands: in order.
@@ -100,15 +107,17 @@ class ViewStore:
         token: changes whenever the store does.
 
     Raises:
-        StoreMismatchError: where there is no mosaic, or none is finished.
+        StoreMismatchError: where there is no mosaic, or none is finished. StoreError: where it cannot be reached.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = str(path)
         self.run = RunFolder(self.path)
+        self.token = _token(self.path)
         attrs = _attributes(self.path, self.run)
         about = attrs["cloudgate"]
-        self.title = str(attrs.get("title") or self.path.stem)
+        self.name = Path(self.path.rstrip("/")).name
+        self.title = str(attrs.get("title") or Path(self.name).stem)
         self.grid = Grid.from_dict(about["grid"])
         self.bands = tuple(str(band) for band in attrs["bands"])
         self.periods = tuple(
@@ -129,18 +138,21 @@ class ViewStore:
         while max(self.shape(self.levels - 1)) > COARSEST_PX:
             self.levels += 1
         self.stored = tuple(sorted(self._levels))
-        self.token = _token(self.path)
         self.notes = self._notes()
         self._kept = _Kept(KEPT_BYTES)
 
     def _open(self) -> dict[int, dict[str, zarr.Array[Any]]]:
         """Arrays by level and name."""
-        root = zarr.open_group(str(self.path), mode="r")
         out: dict[int, dict[str, zarr.Array[Any]]] = {}
-        for level in range(stores.levels(self.path) + 1):
-            group = root[str(level)]
-            assert isinstance(group, zarr.Group)
-            out[level] = {name: array for name, array in group.arrays() if array.ndim == 3}
+        with telling(f"read {self.path}"):
+            try:
+                root = stores.open_root(self.path)
+            except (FileNotFoundError, ValueError) as error:
+                raise _damaged(self.path, error) from error
+            for level in sorted(int(name) for name in root.group_keys() if name.isdigit()):
+                group = root[str(level)]
+                assert isinstance(group, zarr.Group)
+                out[level] = {name: array for name, array in group.arrays() if array.ndim == 3}
         return out
 
     def _notes(self) -> tuple[str, ...]:
@@ -185,7 +197,8 @@ class ViewStore:
             return out
         array = self._levels.get(level, {}).get(name)
         if array is not None and array.shape[0] > slot:
-            out[:rows, :cols] = array[slot, row * CHUNK : row * CHUNK + rows, col * CHUNK : col * CHUNK + cols]
+            with telling(f"read {self.path}"):
+                out[:rows, :cols] = array[slot, row * CHUNK : row * CHUNK + rows, col * CHUNK : col * CHUNK + cols]
             return out
         half = CHUNK // 2
         for i in range(2):
@@ -205,6 +218,11 @@ class ViewStore:
     def value(self, name: str, slot: int, row: int, col: int) -> Any:
         """The raw value of one pixel at full resolution."""
         return self.chunk(name, slot, 0, row // CHUNK, col // CHUNK)[row % CHUNK, col % CHUNK]
+
+    def several[K, T](self, ask: Callable[[K], T], keys: Sequence[K]) -> list[T]:
+        """The answers for some keys, asked for side by side."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(ask, keys))
 
     def sample(self, name: str, slot: int) -> NDArray[Any]:
         """Raw values from all over the mosaic, flat: a coarse level, or some chunks where there is none."""
@@ -229,16 +247,20 @@ def _published(about: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {int(slot): said for slot, said in about["periods"].items() if said.get("published", True)}
 
 
-def _token(path: Path) -> str:
-    try:
-        return f"{(path / 'zarr.json').stat().st_mtime_ns:x}"
-    except OSError:
-        return ""
+def _token(path: str) -> str:
+    with telling(f"read {path}"):
+        return store_at(path).version()
 
 
-def _attributes(path: Path, run: RunFolder) -> dict[str, Any]:
+def _damaged(path: str, error: Exception) -> StoreMismatchError:
+    return StoreMismatchError(f"store: {path} is damaged ({error}); write it again")
+
+
+def _attributes(path: str, run: RunFolder) -> dict[str, Any]:
     """The attributes of a store with a finished period, or an error that says what is there instead."""
-    if not path.exists() and not run.exists():
+    with telling(f"read {path}"):
+        nothing = not store_at(path).names()
+    if nothing and not run.exists():
         raise StoreMismatchError(
             f"store: there is nothing at {path}; make a mosaic with `cloudgate mosaic JOB.yaml`, or try `cloudgate "
             "demo`"
@@ -249,8 +271,8 @@ def _attributes(path: Path, run: RunFolder) -> dict[str, Any]:
         raise StoreMismatchError(
             f"store: {path} was not written by cloudgate; give the path of a store that `cloudgate mosaic` wrote"
         ) from None
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreMismatchError(f"store: {path} is damaged ({error}); write it again") from error
+    except (ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
     if attrs is None or not _published(attrs["cloudgate"]):
         raise StoreMismatchError(
             f"store: no period of {path} is finished yet; see how far it is with `cloudgate status {path}` and go on "

@@ -155,7 +155,9 @@ def describe(store: ViewStore, slot: int, shown: Shown, *, cut: float | None) ->
         return {"range": [], "legend": {"kind": "classes", "entries": _flag_entries(store, slot)}}
     slots = [period.slot for period in store.periods]
     pooled = [slots[round(i)] for i in np.linspace(0, len(slots) - 1, min(len(slots), POOLED_PERIODS))]
-    samples = [[store.sample(name, one) for name in arrays_of(shown)] for one in pooled]
+    names = arrays_of(shown)
+    parts = iter(store.several(lambda place: store.sample(*place), [(name, one) for one in pooled for name in names]))
+    samples = [[next(parts) for _ in names] for _ in pooled]
     if shown.kind == "rgb":
         spans = [_code_span(np.concatenate([s[i] for s in samples]), cut) for i in range(3)]
         if set(shown.names) <= VISIBLE:  # one width for all keeps hues as the eye knows them

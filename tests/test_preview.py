@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import zarr
 from PIL import Image
+from typer.testing import CliRunner
 
 from pipeline import store
 from pipeline.bands import to_codes
+from pipeline.cli import app
 from pipeline.errors import ConfigError, StoreError, StoreMismatchError
 from pipeline.grid import Grid
 from pipeline.periods import Period
@@ -116,3 +118,10 @@ def test_a_store_of_another_program_and_a_place_that_cannot_be_written(mosaic, t
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot write"):
         preview(store=mosaic, out=tmp_path / "file" / "p.png")
+
+
+def test_each_kind_of_picture_has_a_name_of_its_own(mosaic):
+    for option, name in ((), "m.preview.png"), (("--sheet",), "m.sheet.png"), (("--animate",), "m.animation.png"):
+        done = CliRunner().invoke(app, ["preview", str(mosaic), *option])
+        assert (done.exit_code, done.output.strip()) == (0, str(mosaic.with_name(name)))
+    assert sorted(p.name for p in mosaic.parent.glob("*.png")) == ["m.animation.png", "m.preview.png", "m.sheet.png"]

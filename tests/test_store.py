@@ -1,16 +1,20 @@
 """The store: whole shards only, hidden until published, readable by plain xarray with the exact numbers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rioxarray  # noqa: F401  (the .rio accessor)
 import xarray as xr
+from zarr.storage import MemoryStore
 
 from pipeline import store
 from pipeline.bands import to_codes, to_reflectance
 from pipeline.errors import StoreError, StoreMismatchError
 from pipeline.grid import Grid
+from pipeline.layers import layer_specs
+from pipeline.metadata import Times, put_levels
 from pipeline.periods import Period
 
 GRID = Grid("EPSG:32633", 10.0, (0.0, 0.0), -510000, 49998, 100, 70, 32)
@@ -137,3 +141,49 @@ def test_a_store_that_cannot_be_written_is_a_kind_error(tmp_path):
     (tmp_path / "m.zarr" / "0").write_text("a file where a folder must be")
     with pytest.raises(StoreError, match="goes on after the last finished shard"):
         store.write_region(tmp_path / "m.zarr", GRID, 0, (0, 32), (0, 32), {"red": np.ones((32, 32), np.uint16)})
+
+
+class _Watched(MemoryStore):
+    """Remembers what was taken away, and which coordinates were written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.written = [], []
+
+    async def delete(self, key):
+        self.taken.append(key)
+        await super().delete(key)
+
+    async def delete_dir(self, prefix):
+        self.taken.append(prefix)
+        await super().delete_dir(prefix)
+
+    async def set(self, key, value, byte_range=None):
+        self.written.append(key)
+        await super().set(key, value)
+
+
+def test_a_period_is_added_without_a_moment_in_which_a_coordinate_is_gone():
+    """Who reads what was published before may look at any moment."""
+    place, specs = _Watched(), layer_specs(BANDS, uncertainty=False)
+    for count in (1, 2):
+        place.taken.clear()
+        place.written.clear()
+        days = np.array([period.target for period in PERIODS[:count]], np.int64)
+        bounds = np.array([[period.start, period.end + 1] for period in PERIODS[:count]], np.int64)
+        times = Times(days, bounds, np.ones(count, np.uint8))
+        put_levels(place, GRID.levels(1), specs, times, {"cloudgate": {"layout": 1}}, consolidated=True)
+        seen = xr.open_zarr(place, group="1", decode_cf=False)
+        assert seen["time"].values.tolist() == days.tolist()
+        assert seen["time_bnds"].values.tolist() == bounds.tolist()
+    assert place.taken == []
+    assert not [key for key in place.written if "/x/" in key or "/y/" in key]
+
+
+def test_metadata_hold_no_blanks(tmp_path):
+    _write(tmp_path / "m.zarr")
+    _publish(tmp_path / "m.zarr", [True])
+    texts = [file.read_text() for file in (tmp_path / "m.zarr").rglob("zarr.json")]
+    assert len(texts) > 10
+    for text in texts:
+        assert text == json.dumps(json.loads(text), separators=(",", ":"))

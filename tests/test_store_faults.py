@@ -21,6 +21,7 @@ from small_region import InlineClient, SmallRegion, objects
 from test_bad_input import _small_disk
 from test_schedule import World
 from typer.testing import CliRunner
+from view_stores import get
 
 from pipeline import doctor
 from pipeline import ledger as ledgers
@@ -34,6 +35,7 @@ from pipeline.objects import objects_at, s3_store
 from pipeline.records import RunFolder
 from pipeline.status import status
 from pipeline.store import open_mosaic, read_attrs
+from pipeline.view_server import MapServer
 
 
 class Relay(socketserver.ThreadingTCPServer):
@@ -178,6 +180,37 @@ def test_a_store_that_stays_away_ends_the_run_and_the_same_command_goes_on(place
     assert status(place)["periods"][0]["state"] == "unfinished"
     build(job=_job(small, place), client=InlineClient(small_tasks))
     _equal(place, quiet)
+
+
+def test_a_page_says_that_its_store_is_away_and_shows_it_again(place, relay, small, small_tasks):
+    build(job=_job(small, place), client=InlineClient(small_tasks))
+    small_tasks.setattr(places, "RETRY_TIMEOUT", places.timedelta(seconds=1))
+    s3_store.cache_clear()
+    tile = "tile/0/0/0/0/0.png?layer=flags&range="
+    with MapServer([place], 0) as server:
+        relay[-1].cut()
+        for address in (tile, "api/mosaics"):
+            status, said = get(server.url + address)
+            assert status == 502, said
+            assert b"check that the store can be reached" in said
+            assert b"of-the-tests" not in said
+        _back(relay)
+        for address in ("api/mosaics", tile):
+            assert get(server.url + address)[0] == 200
+
+
+@pytest.mark.parametrize("command", [["view", "--no-browser"], ["preview"], ["export", "--cog", "tif"]])
+def test_a_bucket_or_mosaic_that_is_not_there_is_told_to_who_looks(where, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, code, words in (
+        (where, 2, "there is n"),
+        (where.replace("mosaics", "nowhere"), 1, "there is no such bucket"),
+    ):
+        done = CliRunner().invoke(app, [command[0], place, *command[1:]])
+        assert done.exit_code == code, done.output
+        assert words in " ".join(done.output.split())
+        assert "of-the-tests" not in done.output
+    assert list(tmp_path.iterdir()) == []
 
 
 class ReadOnly(BaseHTTPRequestHandler):

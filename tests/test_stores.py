@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from small_region import InlineClient, SmallRegion, objects
+from view_stores import get
 
 from pipeline import grid, planning, runner, store, tasks
 from pipeline.config import Job
@@ -30,6 +31,8 @@ from pipeline.preview import preview
 from pipeline.records import RunFolder
 from pipeline.status import status
 from pipeline.store import open_mosaic
+from pipeline.view_server import MapServer
+from pipeline.view_store import ViewStore
 
 KINDS = ("folder", "bucket", "icechunk", "icechunk-bucket")
 
@@ -155,6 +158,20 @@ def test_what_is_not_ours_is_refused_and_left_alone(where):
     for work in (store.remove, store.read_attrs):
         with pytest.raises(StoreMismatchError, match="another program"):
             work(where)
+
+
+def test_who_looks_at_it_sees_that_something_was_published_since(where):
+    _write(where, 0, _whole(0))
+    _publish(where, 0, [True])
+    seen = ViewStore(where)
+    assert not seen.changed()
+    _write(where, 1, _whole(1))
+    assert not seen.changed()
+    _publish(where, 1, [True, True])
+    assert seen.changed()
+    assert not ViewStore(where).changed()
+    height, width = GRID.shape
+    np.testing.assert_array_equal(seen.chunk("red", 0, 0, 0, 0)[:height, :width], _whole(0)["red"])
 
 
 @pytest.mark.parametrize("where", KINDS[1::2], indirect=True)
@@ -319,6 +336,32 @@ def test_what_describes_it_lies_beside_it(made, quiet, tmp_path):
     assert [f.name for f in files] == ["mosaic_2021-06-15_blue.tif", "mosaic_2021-06-15_flags.tif"]
     ours = preview(store=made.where, out=tmp_path / "a.png").read_bytes()
     assert ours == preview(store=quiet, out=tmp_path / "b.png").read_bytes()
+
+
+def _page(where: str) -> dict[str, bytes]:
+    """What the map page of a store is told, by what it asks for."""
+    out = {}
+    with MapServer([where], 0) as server:
+        facts = json.loads(get(f"{server.url}api/mosaics")[1])["stores"][0]
+        assert facts.pop("token")
+        left, _, _, top = facts["bounds"]
+        span = json.loads(get(f"{server.url}api/layer/0/1?layer=rgb:blue,blue,blue")[1])["range"]
+        wanted = [f"{what}/0?x={left + 405}&y={top - 305}" for what in ("api/pixel", "api/looks/0")]
+        wanted += ["api/before/0/1", "before/0/1.png?range=0,1,0,1,0,1", "api/layer/0/1?layer=flags"]
+        wanted += [
+            f"tile/0/1/{level}/0/0.png?layer=rgb:blue,blue,blue&range={','.join(map(str, span))}" for level in (0, 1)
+        ]
+        for address in wanted:
+            status, out[address] = get(server.url + address)
+            assert status == 200, (address, out[address])
+    return out | {"facts": json.dumps(facts).encode()}
+
+
+def test_the_map_page_shows_it_and_is_told_no_secret(made, quiet):
+    told = _page(made.where)
+    assert told == _page(quiet)
+    assert not [address for address, data in told.items() if b"of-the-tests" in data]
+    assert b"clear" in told[next(address for address in told if "looks" in address)]
 
 
 def test_no_secret_lies_in_the_store_or_its_records(made):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from small_region import BANDS
 from typer.testing import CliRunner
+from view_stores import get
 
 import pipeline
 from pipeline import models, view_pixel, view_tiles
@@ -289,31 +289,23 @@ def test_stores_of_two_crs_are_not_mixed(stores, tmp_path):
 # -- the server ----------------------------------------------------------------------------------------------------
 
 
-def _get(url: str) -> tuple[int, bytes]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=60) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read()
-
-
 def test_the_server_answers_and_words_its_refusals(stores, apart):
     with MapServer([stores["months"], apart], 0) as server:
-        facts = json.loads(_get(f"{server.url}api/mosaics")[1])
+        facts = json.loads(get(f"{server.url}api/mosaics")[1])
         assert [len(store["periods"]) for store in facts["stores"]] == [3, 1]
         store = facts["stores"][0]
         assert store["combos"]["True colour"] == ["red", "green", "blue"]
         assert list(store["indices"]) == ["ndvi", "ndwi"]
         left, _, _, top = store["bounds"]
-        status, page = _get(server.url)
+        status, page = get(server.url)
         assert status == 200
         assert b"http" not in page.replace(b"http-equiv", b"")  # nothing from elsewhere
-        span = ",".join(map(str, json.loads(_get(f"{server.url}api/layer/0/1?layer={RGB}")[1])["range"]))
-        status, png = _get(f"{server.url}tile/0/1/0/0/0.png?layer={RGB}&range={span}")
+        span = ",".join(map(str, json.loads(get(f"{server.url}api/layer/0/1?layer={RGB}")[1])["range"]))
+        status, png = get(f"{server.url}tile/0/1/0/0/0.png?layer={RGB}&range={span}")
         assert (status, png[:4]) == (200, b"\x89PNG")
-        status, said = _get(f"{server.url}api/pixel/0?x={left + 5}&y={top - 5}")
+        kept = json.loads(get(f"{server.url}api/before/0/1")[1])["before"]
+        assert kept == view_tiles.before_of(ViewStore(stores["months"]), 1)
+        status, said = get(f"{server.url}api/pixel/0?x={left + 5}&y={top - 5}")
         assert json.loads(said)["composites"][0]["target"] == "2021-06-20"
         for address, code, words in (
             (f"tile/0/1/0/99/0.png?layer={RGB}&range={span}", 404, "outside the mosaic"),
@@ -326,24 +318,24 @@ def test_the_server_answers_and_words_its_refusals(stores, apart):
             (f"api/looks/1/0?x={left + 5}&y={top - 5}", 502, "sources cannot be reached"),
             ("api/layer/0/1?layer=flags&cut=80", 404, "below 50"),
         ):
-            status, said = _get(server.url + address)
+            status, said = get(server.url + address)
             assert status == code, address
             assert words in json.loads(said)["error"]
-        assert _get(f"{server.url}../view.py")[0] in (403, 404)
+        assert get(f"{server.url}../view.py")[0] in (403, 404)
 
 
 def test_a_reload_shows_what_was_written_since(stores, tmp_path):
     path = tmp_path / "grows.zarr"
     shutil.copytree(stores["months"], path)
     with MapServer([path], 0) as server:
-        first = json.loads(_get(f"{server.url}api/mosaics")[1])["stores"][0]
+        first = json.loads(get(f"{server.url}api/mosaics")[1])["stores"][0]
         place = path / "zarr.json"
         text = place.read_text()
         place.write_text(text.replace('"title": "months"', '"title": "other"'))
         place = path / "0" / "zarr.json"
         place.write_text(place.read_text().replace('"title": "months"', '"title": "other"'))
         os.utime(path / "zarr.json", ns=(1, 1))
-        again = json.loads(_get(f"{server.url}api/mosaics")[1])["stores"][0]
+        again = json.loads(get(f"{server.url}api/mosaics")[1])["stores"][0]
     assert (first["title"], again["title"]) == ("months", "other")
     assert first["token"] != again["token"]
 
@@ -371,7 +363,7 @@ def test_the_command_serves_until_interrupted(stores):
         assert "there is no browser here, so open that address in one" in said
         url = said.split("shown at ")[1].split(";")[0]
         assert "#c=" in url
-        assert _get(url.partition("#")[0])[0] == 200
+        assert get(url.partition("#")[0])[0] == 200
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -388,7 +380,7 @@ def test_explore_shows_the_page_and_gives_its_values(stores, monkeypatch):
     shown = pipeline.explore(store=stores["months"])
     try:
         assert f'<iframe src="{shown.url}"' in shown._repr_html_()
-        assert _get(shown.url)[0] == 200
+        assert get(shown.url)[0] == 200
         picture = np.asarray(shown.picture("index:ndvi", period=1))
         assert picture.shape == (*ViewStore(stores["months"]).grid.shape, 4)
         table = shown.series(lon=15.03, lat=46.05, period=1)
@@ -402,7 +394,7 @@ def test_explore_shows_the_page_and_gives_its_values(stores, monkeypatch):
     finally:
         shown.close()
     with pytest.raises(urllib.error.URLError):
-        _get(shown.url)
+        get(shown.url)
     monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/me/")
     shown = pipeline.explore(store=stores["months"])
     assert shown.url.startswith("/user/me/proxy/")

@@ -1,9 +1,11 @@
 """The map page in headless Chromium: it draws, answers keys, fingers and clicks, and says nothing to the console."""
 
 import io
+import json
 import re
 import shutil
 from contextlib import contextmanager
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -11,6 +13,11 @@ import view_stores
 from PIL import Image
 from playwright.sync_api import expect
 
+from pipeline import store
+from pipeline.grid import Grid
+from pipeline.items import day_text
+from pipeline.periods import Period
+from pipeline.records import RunFolder
 from pipeline.view_server import MapServer
 
 READY = "html[data-map=ready]"
@@ -163,6 +170,87 @@ def test_swipe_shows_two_pictures_and_their_names(site):
         assert change[:, middle + 40 : middle + 200].mean() < 1
         page.select_option("#compare", "store:1")
         expect(page.locator("#left-name")).to_contain_text("linear (linear.zarr)")
+
+
+def _stretch(url: str, store: int, slot: int, layer: str) -> list[float]:
+    """The stretch that a layer has by itself."""
+    return json.loads(view_stores.get(f"{url}api/layer/{store}/{slot}?layer={layer}&cut=1")[1])["range"]
+
+
+def _stretches(addresses: list[str]) -> set[tuple[float, ...]]:
+    """The stretches that pictures were asked for with."""
+    return {tuple(map(float, parse_qs(urlsplit(one).query)["range"][0].split(","))) for one in addresses}
+
+
+@pytest.mark.parametrize("layer", ["rgb:red,green,blue", "index:ndvi", "source_date"])
+def test_both_sides_of_a_comparison_have_the_stretch_that_the_legend_tells(site, layer):
+    url = site[0]
+    mine, theirs = _stretch(url, 0, 1, layer), _stretch(url, 1, 0, layer)
+    assert mine != theirs
+    with _page(site, address=f"#p=1&l={layer}") as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.select_option("#compare", "store:1")
+        expect(page.locator("#left-name")).to_contain_text("linear (linear.zarr)")
+        page.wait_for_selector(READY)
+        left = [address for address in asked if "/tile/1/0/" in address]
+        assert len(left) >= 1
+        assert _stretches(left) == {tuple(mine)}
+        if layer == "source_date":
+            ticks = page.locator("#legend .ticks span").all_inner_texts()
+            assert ticks == [day_text(int(day)) for day in mine]
+
+
+def _infrared(path):
+    """A store without blue, whose run kept a picture before in the bands nearest to true colour: swir22, nir, green."""
+    grid = Grid("EPSG:32633", 10.0, (0.0, 0.0), -510000, 49998, 64, 64, 64)
+    draw, bands = np.random.default_rng(0), ("green", "red", "nir", "swir22")
+    layers = {band: draw.integers(1500 + 700 * i, 2200 + 900 * i, (64, 64)) for i, band in enumerate(bands)}
+    layers |= {"clear_count": np.full((64, 64), 3), "flags": np.full((64, 64), 4)}
+    layers = {name: values.astype(np.uint16) for name, values in layers.items()}
+    layers["source_date"] = np.full((64, 64), 19005, np.int32)
+    store.write_region(path, grid, 0, (0, 64), (0, 64), layers)
+    about = {"target": "2022-01-13", "method": {"name": "median"}}
+    attrs = {"title": "infrared", "cloudgate": {"layout": 1, "grid": grid.to_dict(), "periods": {"0": about}}}
+    period = (Period(0, 19000, 19009, 19000, 19005),)
+    store.publish(path, grid, bands, uncertainty=False, schedule=period, published=[True], attrs=attrs)
+    run, kept = RunFolder(path), io.BytesIO()
+    np.savez_compressed(kept, codes=np.stack([layers[b] for b in ("swir22", "nir", "green")]), name=np.array("a day"))
+    run.write_bytes(kept.getvalue(), run.period(0), "before.npz")
+    run.write({}, "request.json")
+
+
+def test_before_is_shown_and_named_in_the_bands_it_was_kept_in(site, tmp_path):
+    _infrared(tmp_path / "infrared.zarr")
+    with MapServer([tmp_path / "infrared.zarr"], 0) as server, _page((server.url, site[1])) as page:
+        expect(page.locator("input[name=layer]:checked")).to_have_value("rgb:nir,red,green")
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.select_option("#compare", "before")
+        expect(page.locator("#left-name")).to_have_text("before: a day (swir22, nir, green)")
+        page.wait_for_selector(READY)
+        kept = [address for address in asked if "/before/0/0.png" in address]
+        assert _stretches(kept) == {tuple(_stretch(server.url, 0, 0, "rgb:swir22,nir,green"))}
+
+
+def test_what_cannot_be_read_is_told_asked_for_again_and_no_other_date_stands_in(site):
+    broken = "**/tile/0/0/**"
+    part = slice(200, 600), slice(500, 1000)
+    with _page(site, address="#p=1", expected=("502",)) as page:
+        assert _seen(page)[part].std(axis=(0, 1)).min() > 8
+        page.route(broken, lambda route: route.fulfill(status=502, body="{}"))
+        page.keyboard.press("[")
+        expect(page.locator("#message")).to_have_text(re.compile("^Some of the picture cannot be read"))
+        page.wait_for_selector(READY)
+        assert _seen(page)[part].std(axis=(0, 1)).max() < 4
+        page.unroute(broken)
+        page.keyboard.press("]")
+        expect(page.locator("#message")).to_be_hidden()
+        page.keyboard.press("[")
+        expect(page.locator("#time-name")).to_have_text("2021-06-20")
+        page.wait_for_selector(READY)
+        expect(page.locator("#message")).to_be_hidden()
+        assert _seen(page)[part].std(axis=(0, 1)).min() > 8
 
 
 def test_a_place_is_found_by_its_degrees_or_refused_in_words(site):

@@ -1,7 +1,9 @@
-"""Small stores for the tests of the map page, and a headless browser."""
+"""Small stores for the tests of the map page, answers of its server, and a headless browser."""
 
 import os
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,17 @@ def make(small: SmallRegion, folder: Path, cluster: dict[str, Any]) -> dict[str,
     build(job=small.job(months, name="months", method={"name": "decay"}, time=time, target="middle", **common))
     build(job=small.job(linear, name="linear", method={"name": "linear"}, **common))
     return {"months": months, "linear": linear}
+
+
+def get(url: str) -> tuple[int, bytes]:
+    """Status and body of an address, without a proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
 
 
 def chromium() -> str:

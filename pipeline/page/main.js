@@ -1,27 +1,14 @@
 // The page: what the panel says goes to the map, what is clicked goes to the chart. All addresses are relative, so the
 // page works behind a proxy.
-import { drawChart, drawTable, nameOf, quantities, valueOf } from "./chart.js";
+import { $, ask, escape, options, small } from "./dom.js";
 import { SlippyMap } from "./map.js";
+import { PixelPanel, inside } from "./pixel.js";
 
-const $ = (id) => document.getElementById(id);
-const small = matchMedia("(max-width: 700px), (max-height: 460px)");
 const state = { store: 0, slot: 0, layer: "", cut: "1", gamma: 1.3, compare: "off", swipe: 0.5 };
-let facts, map, pixel = null, turn = 0, drawn = 0; // turn: the last picture asked for, drawn: the last one on the map
+let facts, map, pixel, turn = 0, drawn = 0; // turn: the last picture asked for, drawn: the last one on the map
 
 const store = () => facts.stores[state.store];
 const period = () => store().periods.find((p) => p.slot === state.slot) ?? store().periods.at(-1);
-
-async function ask(address) {
-  let answer;
-  try {
-    answer = await fetch(address);
-  } catch {
-    throw new Error("The server does not answer any more. Start it again with cloudgate view.");
-  }
-  const data = await answer.json();
-  if (!answer.ok) throw new Error(data.error ?? answer.statusText);
-  return data;
-}
 
 function say(text) {
   $("message").textContent = text;
@@ -39,12 +26,6 @@ function chips(box, name, entries) {
     label.append(input, span);
     box.append(label);
   }
-}
-
-function options(select, entries, value) {
-  select.innerHTML = "";
-  for (const [key, title] of entries) select.add(new Option(title, key));
-  if (value !== undefined && entries.some(([key]) => key === String(value))) select.value = value;
 }
 
 const combos = () => Object.entries(store().combos).map(([title, names]) => [`rgb:${names.join(",")}`, title]);
@@ -146,10 +127,21 @@ async function otherPane(main) {
   return { ...pane, name: `${there.method} (${other.name}), ${there.target}` };
 }
 
+// Whether the run kept a picture before is asked once a period: its place and date lie in the picture's own file.
+async function knowBefore() {
+  const [s, p] = [store(), period()];
+  if (p.before === undefined) p.before = (await ask(`api/before/${s.id}/${p.slot}?t=${s.token}`)).before;
+}
+
 async function redraw() {
   const mine = ++turn;
   map.on.busy(map.loading);
+  map.forgetFailed();
+  const asked = knowBefore().catch(() => {}); // what cannot be read there cannot be read below, which says so
+  if (state.compare === "before") await asked;
+  if (mine !== turn) return;
   syncPanel();
+  asked.then(() => mine === turn && syncPanel());
   remember();
   try {
     const main = await layerOf(store(), state.slot, state.layer);
@@ -192,8 +184,6 @@ function setSwipe(share) {
   map.draw();
 }
 
-const escape = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
-
 function drawLegend(legend) {
   const entries = (legend.entries ?? []).map((e) => `<li><span class="swatch" style="background:${e.colour}"></span>${escape(e.label)}<b>${e.percent < 0.1 ? "< 0.1" : e.percent.toFixed(1)} %</b></li>`).join("");
   const list = entries && `<ul>${entries}</ul>`;
@@ -221,11 +211,10 @@ function lonlat(x, y) {
   return [((at(lon) + 540) % 360) - 180, at(lat)];
 }
 
-const inside = (x, y, s = store()) => x >= s.bounds[0] && x < s.bounds[2] && y > s.bounds[1] && y <= s.bounds[3];
 const degrees = (x, y) => lonlat(x, y).map((v) => v.toFixed(5)).join(", ");
 
 function showPlace(x, y) {
-  $("where").innerHTML = inside(x, y) ? `<b>${degrees(x, y)}</b><span> · ${Math.round(x)} E ${Math.round(y)} N · ${escape(facts.crs)}</span>` : "outside the mosaic";
+  $("where").innerHTML = inside(x, y, store()) ? `<b>${degrees(x, y)}</b><span> · ${Math.round(x)} E ${Math.round(y)} N · ${escape(facts.crs)}</span>` : "outside the mosaic";
 }
 
 function showScale() {
@@ -254,97 +243,11 @@ function recall() {
   return mpp > 0 && Number.isFinite(x) && Number.isFinite(y) ? { x, y, mpp } : null;
 }
 
-// -- one pixel -------------------------------------------------------------------------------------------------
-
-async function pick(x, y) {
-  if (!inside(x, y)) {
-    $("place-said").textContent = "That place lies outside the mosaic.";
-    if (small.matches) showPlace(x, y);
-    return;
-  }
-  $("place-said").textContent = "";
-  const s = store(), asked = (pixel = { x, y, store: s, slot: state.slot, looks: null });
-  const row = Math.floor((s.bounds[3] - y) / s.resolution_m), col = Math.floor((x - s.bounds[0]) / s.resolution_m);
-  map.mark = [s.bounds[0] + col * s.resolution_m, s.bounds[3] - (row + 1) * s.resolution_m, s.bounds[0] + (col + 1) * s.resolution_m, s.bounds[3] - row * s.resolution_m];
-  map.draw();
-  $("pixel").hidden = false;
-  $("pixel").dataset.looks = "reading";
-  document.body.classList.add("asked");
-  reveal(x, y);
-  options($("quantity"), quantities(s).map((q) => [q, nameOf(q)]), $("quantity").value || undefined);
-  $("pixel-title").textContent = `Row ${row}, column ${col}`;
-  $("pixel-place").textContent = degrees(x, y);
-  $("pixel-said").textContent = "Reading the looks from their sources…";
-  $("chart").innerHTML = $("composite").innerHTML = $("numbers").innerHTML = "";
-  try {
-    const all = await Promise.all(facts.stores.filter((o) => inside(x, y, o)).map(async (o) => {
-      const told = await ask(`api/pixel/${o.id}?x=${x}&y=${y}`);
-      return told.composites.map((c) => ({ ...c, store: o.id, slot: o.id === s.id ? c.slot : -1, name: facts.stores.length > 1 ? `${c.method} (${o.name})` : c.method }));
-    }));
-    if (asked !== pixel) return;
-    pixel.composites = all.flat();
-    showPixel();
-    const told = await ask(`api/looks/${s.id}/${asked.slot}?x=${x}&y=${y}`);
-    if (asked !== pixel) return;
-    pixel.looks = told.looks;
-    let said = told.failed ? `${told.failed} scenes could not be read, so their looks are missing: ${told.failures[0]}` : told.looks.length ? "" : "No scene of this period covers the pixel.";
-    if (told.gated && !said) {
-      $("pixel-said").textContent = "Asking the network what each date adds…";
-      showPixel();
-      said = await addShares(asked, s);
-      if (asked !== pixel) return;
-    }
-    $("pixel-said").textContent = said;
-    showPixel();
-    $("pixel").dataset.looks = "read";
-  } catch (error) {
-    if (asked !== pixel) return;
-    $("pixel-said").textContent = `${error.message[0].toUpperCase()}${error.message.slice(1)}. ${pixel.composites ? "Only the composites are shown." : ""}`;
-    showPixel();
-    $("pixel").dataset.looks = "failed";
-  }
-}
-
-// What each date adds, as the network itself says; its looks get their shares, and what is left to say comes back.
-async function addShares(asked, s) {
-  try {
-    const told = await ask(`api/shares/${s.id}/${asked.slot}?x=${asked.x}&y=${asked.y}`);
-    for (const look of asked.looks) look.share = told.shares[look.id] ?? (told.said ? null : 0);
-    const rest = Math.round(100 * told.rest);
-    if (told.said || rest < 1) return told.said;
-    return `${rest} % of this pixel comes from estimates fitted to all dates; the bars show what single looks add.`;
-  } catch (error) {
-    return `What each date adds is not known: ${error.message}`;
-  }
-}
-
-// Moves the map where the chart would cover the pixel that it is about.
-function reveal(x, y) {
-  const [px, py] = map.device(x, y).map((v) => v / map.ratio);
-  const bottom = small.matches ? map.height * 0.34 : map.height - 420;
-  const covered = small.matches ? py > bottom - 30 : px > map.width - 490 && py > bottom;
-  if (covered) map.pan(small.matches ? 0 : Math.max(map.inset().left + 80, map.width - 560) - px, small.matches ? bottom * 0.6 - py : 0);
-}
-
-function showPixel() {
-  if (!pixel?.composites) return;
-  const quantity = $("quantity").value, { looks, composites } = pixel;
-  drawChart($("chart"), { looks, composites, quantity, chosen: pixel.slot });
-  drawTable($("numbers"), { looks, composites, bands: pixel.store.bands, quantity });
-  const c = composites.find((one) => one.slot === pixel.slot);
-  const value = c && valueOf(c.values, quantity), sigma = c?.sigma?.[quantity];
-  $("composite").innerHTML = !c ? "" : value === null ? `<b>No data</b> in the composite of ${c.target}.`
-    : `Composite ${c.target}: <b>${nameOf(quantity)} ${value.toFixed(3)}${sigma ? ` ± ${sigma.toFixed(3)}` : ""}</b> · ${c.clear_count} clear looks${c.source_date ? ` · source ${c.source_date}` : ""}${c.flags.length ? ` · ${escape(c.flags.join(", "))}` : ""}`;
-}
-
-function closePixel() {
-  if ($("pixel").hidden) return;
-  const within = $("pixel").contains(document.activeElement);
-  $("pixel").hidden = true;
-  document.body.classList.remove("asked");
-  pixel = map.mark = null;
-  map.draw();
-  if (within) $("map").focus();
+function pick(x, y) {
+  const there = inside(x, y, store());
+  $("place-said").textContent = there ? "" : "That place lies outside the mosaic.";
+  if (there) pixel.show(x, y, degrees(x, y), store(), state.slot);
+  else if (small.matches) showPlace(x, y);
 }
 
 // -- hands -----------------------------------------------------------------------------------------------------
@@ -353,7 +256,7 @@ function move(step) {
   const all = store().periods, next = all[(all.indexOf(period()) + step + all.length) % all.length];
   state.slot = next.slot;
   redraw();
-  if (pixel) pick(pixel.x, pixel.y);
+  if (pixel.shown) pick(pixel.shown.x, pixel.shown.y);
 }
 
 function play(on) {
@@ -374,11 +277,11 @@ function listen() {
     else if (target.id === "store") {
       state.store = +target.value;
       fillPanel();
-      closePixel();
+      pixel.close();
     } else if (target.id === "time") {
       play(false);
       state.slot = store().periods[+target.value].slot;
-      if (pixel) pick(pixel.x, pixel.y);
+      if (pixel.shown) pick(pixel.shown.x, pixel.shown.y);
     } else state[target.id] = target.id === "gamma" ? +target.value : target.value;
     redraw();
   });
@@ -398,8 +301,6 @@ function listen() {
       $("place-said").textContent = error.message;
     }
   });
-  $("quantity").addEventListener("change", showPixel);
-  $("pixel-close").addEventListener("click", closePixel);
   $("zoom-in").addEventListener("click", () => map.zoom(0.5, map.middle(), true));
   $("zoom-out").addEventListener("click", () => map.zoom(2, map.middle(), true));
   $("zoom-all").addEventListener("click", () => map.fit());
@@ -418,7 +319,7 @@ function listen() {
   });
   document.addEventListener("keydown", (event) => {
     if (event.target.matches("input:not([type=range]):not([type=radio]), select")) return;
-    if (event.key === "Escape") closePixel();
+    if (event.key === "Escape") pixel.close();
     if (event.key === "[") move(-1);
     if (event.key === "]") move(1);
   });
@@ -437,6 +338,7 @@ async function begin() {
   $("fold").setAttribute("aria-expanded", !small.matches);
   map = new SlippyMap($("map"), $("canvas"), facts.bounds);
   map.finest = store().resolution_m;
+  pixel = new PixelPanel(map, facts.stores);
   map.inset = () => {
     const panel = $("panel").getBoundingClientRect();
     return small.matches ? { left: 0, right: 0, top: 64, bottom: Math.min(map.height - panel.top, map.height * 0.5) } : { left: panel.right, right: 0, top: 0, bottom: 56 };

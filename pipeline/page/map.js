@@ -18,7 +18,7 @@ export class SlippyMap {
     this.tiles = new Map();
     this.loading = 0;
     this.wanted = [];
-    this.on = { move: () => {}, pick: () => {}, hover: () => {}, idle: () => {}, busy: () => {} };
+    this.on = { move: () => {}, pick: () => {}, hover: () => {}, idle: () => {}, busy: () => {}, failed: () => {} };
     this.pointers = new Map();
     this.listen();
     new ResizeObserver(() => this.resize()).observe(element);
@@ -220,6 +220,11 @@ export class SlippyMap {
   want(url, far) {
     this.missing++;
     if (!this.tiles.has(url)) this.wanted.push([far, url]);
+  }
+
+  // Tiles that could not be read are asked for again.
+  forgetFailed() {
+    for (const [url, tile] of this.tiles) if (tile.failed) this.tiles.delete(url);
   }
 
   load() {
