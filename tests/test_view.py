@@ -329,11 +329,8 @@ def test_a_reload_shows_what_was_written_since(stores, tmp_path):
     shutil.copytree(stores["months"], path)
     with MapServer([path], 0) as server:
         first = json.loads(get(f"{server.url}api/mosaics")[1])["stores"][0]
-        place = path / "zarr.json"
-        text = place.read_text()
-        place.write_text(text.replace('"title": "months"', '"title": "other"'))
-        place = path / "0" / "zarr.json"
-        place.write_text(place.read_text().replace('"title": "months"', '"title": "other"'))
+        for place in (path / "zarr.json", path / "0" / "zarr.json"):
+            place.write_text(place.read_text().replace('"title":"months"', '"title":"other"'))
         os.utime(path / "zarr.json", ns=(1, 1))
         again = json.loads(get(f"{server.url}api/mosaics")[1])["stores"][0]
     assert (first["title"], again["title"]) == ("months", "other")

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 import view_stores
+import zarr
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -182,12 +183,26 @@ def _stretches(addresses: list[str]) -> set[tuple[float, ...]]:
     return {tuple(map(float, parse_qs(urlsplit(one).query)["range"][0].split(","))) for one in addresses}
 
 
+@pytest.fixture
+def earlier(stores, tmp_path):
+    """The store ``linear``, but all its looks are forty days older."""
+    path = tmp_path / "linear.zarr"
+    shutil.copytree(stores["linear"], path)
+    root = zarr.open_group(path)
+    for level in root.group_keys():
+        days = root[f"{level}/source_date"]
+        days[:] = np.where(days[:] == 0, 0, days[:] - 40)
+    return path
+
+
 @pytest.mark.parametrize("layer", ["rgb:red,green,blue", "index:ndvi", "source_date"])
-def test_both_sides_of_a_comparison_have_the_stretch_that_the_legend_tells(site, layer):
-    url = site[0]
-    mine, theirs = _stretch(url, 0, 1, layer), _stretch(url, 1, 0, layer)
-    assert mine != theirs
-    with _page(site, address=f"#p=1&l={layer}") as page:
+def test_both_sides_of_a_comparison_have_the_stretch_that_the_legend_tells(site, stores, earlier, layer):
+    with (
+        MapServer([stores["months"], earlier], 0) as server,
+        _page((server.url, site[1]), address=f"#l={layer}") as page,
+    ):
+        mine, theirs = _stretch(server.url, 0, 1, layer), _stretch(server.url, 1, 0, layer)
+        assert mine != theirs
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.select_option("#compare", "store:1")
@@ -235,7 +250,7 @@ def test_before_is_shown_and_named_in_the_bands_it_was_kept_in(site, tmp_path):
 
 def test_what_cannot_be_read_is_told_asked_for_again_and_no_other_date_stands_in(site):
     broken = "**/tile/0/0/**"
-    part = slice(200, 600), slice(500, 1000)
+    part = slice(400, 640), slice(500, 1000)  # below the message
     with _page(site, address="#p=1", expected=("502",)) as page:
         assert _seen(page)[part].std(axis=(0, 1)).min() > 8
         page.route(broken, lambda route: route.fulfill(status=502, body="{}"))
