@@ -32,6 +32,7 @@ from pipeline.records import RunFolder
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
 from pipeline.runner import Progress, Silent
 from pipeline.scenes import DemoScenes, served_items, write_demo
+from pipeline.scout import Scouted
 from pipeline.serve import RangeServer, StacServer
 from pipeline.tasks import compose_window
 
@@ -174,12 +175,15 @@ def score_methods(request: Request, truth: Path, progress: Progress) -> list[Sco
     known = np.isfinite(wanted).all(axis=0)
     state = _window(truth / "state" / f"{day_text(period.target)}.tif", grid, 255)
     gaps = known & (state > 0)
-    scores = []
+    scores, seen = [], dict[bool, Scouted]()
     progress.begin("methods", len(methods))
     for name in methods:
-        job: Job = request.job.model_copy(update={"method": Method(name=name)})
+        method = Method(name=name)
+        job: Job = request.job.model_copy(update={"method": method})
         asked = replace(request, job=job)
-        recipe = recipe_of(asked, period, acquisitions, survey(asked, period, acquisitions))
+        if method.shows_date not in seen:  # all that the scout asks of a method whose options are the default ones
+            seen[method.shows_date] = survey(asked, period, acquisitions)
+        recipe = recipe_of(asked, period, acquisitions, seen[method.shows_date])
         block = compose_window(recipe, (0, grid.height), (0, grid.width))
         made = to_reflectance(block.codes)
         filled = np.isfinite(made).all(axis=0)

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from pipeline.flight import Orders
 from pipeline.mosaic import build
 from pipeline.planning import all_tasks
 from pipeline.records import RunFolder
-from pipeline.runner import RunContext, run_tasks
+from pipeline.runner import RunContext, Silent, run_tasks
 
 _spec = importlib.util.spec_from_file_location("chaos", Path(__file__).parent / "benchmarks" / "chaos.py")
 assert _spec
@@ -32,7 +31,7 @@ def test_killed_at_random_and_the_same_bytes_in_the_end(small: SmallRegion, tmp_
     quiet = tmp_path / "quiet.zarr"
     build(job=small.job(quiet, grid={"crs": "EPSG:32633", "shard_px": 128}, target="middle"), client=client)
     found = chaos.run(
-        small, tmp_path / "w", kills=4, seed=3, every=None, shard_px=128, workers=2, slower_s=0.3, wait_s=(1.0, 3.0),
+        small, tmp_path / "w", kills=4, seed=3, every=None, shard_px=128, workers=2, slower_s=0.3, wait_s=(0.2, 1.0),
         quiet=quiet,
     )  # fmt: skip
     assert sum(found["kills"].values()) == 4
@@ -53,8 +52,8 @@ def test_a_read_that_hangs_ends_with_its_worker(small: SmallRegion, tmp_path: Pa
     (task,) = all_tasks(made.grid, (2, 2))
     with connect(Cluster(workers=1), memory_gb_per_worker=2) as client:
         before = client.run(os.getpid)
-        with pytest.raises(RunError, match=r"task of rows 0 to .* took longer than limits.task_timeout_s \(3 s\) on 2"):
-            run_tasks(made, [task], 0, RunContext(store, run, lambda: client, orders=Orders(timeout_s=3)))
+        with pytest.raises(RunError, match=r"task of rows 0 to .* took longer than limits.task_timeout_s \(1 s\) on 2"):
+            run_tasks(made, [task], 0, RunContext(store, run, lambda: client, orders=Orders(timeout_s=1)))
         end, after = time.monotonic() + 120, before
         while not set(after.values()).isdisjoint(before.values()):
             assert time.monotonic() < end
@@ -66,21 +65,20 @@ def test_a_read_that_hangs_ends_with_its_worker(small: SmallRegion, tmp_path: Pa
 
 def test_a_run_whose_workers_vanish_ends_with_a_word(small: SmallRegion, tmp_path: Path):
     store = tmp_path / "m.zarr"
-    _, _, made = recipe(small.job(store))
+    _, _, made = recipe(small.job(store, grid={"crs": "EPSG:32633", "shard_px": 64}))
     tasks = all_tasks(made.grid, (1, 1))
+    assert len(tasks) > 50
     with connect(Cluster(workers=1), memory_gb_per_worker=2) as client:
 
-        def vanish() -> None:
-            client.cluster.scale(0)
+        class Vanish(Silent):
+            """No worker is left as soon as one task is done."""
 
-        thread = threading.Timer(0.2, vanish)
-        thread.start()
-        orders = Orders(wait_s=2)
-        try:
-            with pytest.raises(RunError, match=r"no worker for 2 s \(cluster.wait_s\).*same command"):
-                run_tasks(made, tasks, 0, RunContext(store, RunFolder(store), lambda: client, orders=orders))
-        finally:
-            thread.join()
+            def step(self, units, *, megabytes=0.0):
+                client.cluster.scale(0)
+
+        context = RunContext(store, RunFolder(store), lambda: client, Vanish(), orders=Orders(wait_s=2))
+        with pytest.raises(RunError, match=r"no worker for 2 s \(cluster.wait_s\).*same command"):
+            run_tasks(made, tasks, 0, context)
 
 
 def test_tasks_that_share_a_shard_are_refused(small: SmallRegion, tmp_path: Path):

@@ -31,11 +31,11 @@ def _children() -> set[int]:
 
 @pytest.fixture(scope="module")
 def smaller():
-    """The demo's passes over a quarter of its ground; the southern tile begins 2 km below the top."""
+    """The demo's passes over an eighth of its ground; the southern tile begins 1.2 km below the top."""
     with pytest.MonkeyPatch.context() as patch:
-        small = replace(scenes.DEMO_PARAMS, width_px=384, height_px=464, north_m=5_102_000.0)
+        small = replace(scenes.DEMO_PARAMS, width_px=288, height_px=304, north_m=5_101_200.0)
         patch.setattr(scenes, "DEMO_PARAMS", small)
-        patch.setattr(scenes, "DEMO_CUTS", (Cut("33TWM", 0, 0, 272, 384), Cut("33TWL", 200, 0, 264, 384)))
+        patch.setattr(scenes, "DEMO_CUTS", (Cut("33TWM", 0, 0, 192, 288), Cut("33TWL", 120, 0, 184, 288)))
         yield
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -143,15 +142,11 @@ def test_of_a_wide_area_each_scene_is_held_where_it_lies(small, crs):
     middle = Point(to_crs.transform(small.grid.left + 2700, small.grid.top - 2700))
     wide = Grid.around(middle.buffer(150_000), crs=crs, resolution_m=10)
     coarse, _ = coarse_grid(wide, 2000, most_px=1600)
-    tracemalloc.start()
     views, unread = _look(items, coarse, "blue", rule, profile, None)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
     assert len(views) == len(items) > 30
     assert unread == {}
     of_the_area = len(items) * coarse.height * coarse.width * 4
     assert sum(v.classes.nbytes + v.state.nbytes + v.dark.nbytes for v in views.values()) < of_the_area / 500
-    assert peak < of_the_area / 10
     for item in items[::16]:
         view = views[item.id]
         for name, values, kind in (("blue", view.dark, "reflectance"), (rule.asset, view.classes, "classes")):
