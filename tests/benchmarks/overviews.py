@@ -57,7 +57,7 @@ def main() -> None:
             ratios.append((seconds[True] / seconds[False], sizes[True] / sizes[False]))
             print(f"{seconds[False]:.1f} s without, {seconds[True]:.1f} s with: x {ratios[-1][0]:.2f}", flush=True)
     time_ratio, size_ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
-    print(f"median: time x {time_ratio:.2f}, size x {size_ratio:.2f}")
+    print(f"median: time x {time_ratio:.2f}, size x {size_ratio:.3f}")
 
 
 if __name__ == "__main__":
