@@ -47,6 +47,8 @@ FLAG_COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """Later entries paint over earlier ones."""
 PANEL_PX = 460
+FEW_LOOKS = 6
+"""Below this many clear looks the legend names each count."""
 MARGIN = 18
 HEADER = 64
 
@@ -97,7 +99,7 @@ def series(*, store: str | Path, out: str | Path, sheet: bool = False) -> Path:
     days = {slot: str(periods[slot]["target"]) for slot in slots}
     if sheet:
         panels: list[Panel] = [(days[slot], _fit(stretch(colours(slot), reference)), []) for slot in slots]
-        subtitle = f"{len(slots)} periods, stretched alike  |  {' '.join(names)}"
+        subtitle = f"{len(slots)} periods, stretched alike  |  {_colours_name(names)}  |  grey: no data"
         return _save(_compose(panels, title=level.title, subtitle=subtitle, extent_m=level.extent_m), out)
     frames = [
         _frame(stretch(colours(slot), reference), f"{level.title}  {days[slot]}", level.extent_m) for slot in slots
@@ -215,7 +217,7 @@ def _panels(level: _Level, slot: int, *, before: tuple[str, NDArray[np.float32]]
     panels.append((f"after: {about['target']}", _fit(stretch(after, after)), []))
     count = level.read("clear_count", slot).astype(float)
     top = max(float(count.max()), 1.0)
-    ticks = sorted({0, round(top / 2), round(top)})
+    ticks = range(round(top) + 1) if top < FEW_LOOKS else sorted({0, round(top / 2), round(top)})
     panels.append(("clear looks", _fit(ramp(count, 0, top)), [(str(t), _colour(t, 0, top)) for t in ticks]))
     panels.append(_source_date_panel(level.read("source_date", slot)))
     panels.append(_flags_panel(level.read("flags", slot)))
@@ -228,13 +230,18 @@ def _colour(value: float, low: float, high: float) -> tuple[int, int, int]:
     return int(r), int(g), int(b)
 
 
+def _colours_name(names: Sequence[str]) -> str:
+    own = f"shown as red, green, blue: {', '.join(names)}"
+    return "true colour" if tuple(names) == ("red", "green", "blue") else own
+
+
 def _subtitle(about: Mapping[str, Any], names: Sequence[str], crs: str) -> str:
     anchors = ", ".join(about.get("anchors", []))
     parts = (
         about.get("method", {}).get("name", ""),
         f"looks {about['start']} to {about['end']}" if "start" in about else "",
         f"anchors {anchors}" if anchors else "",
-        f"shown as red, green, blue: {' '.join(names)}",
+        _colours_name(names),
         crs,
     )
     return "  |  ".join(filter(None, parts))

@@ -17,7 +17,7 @@ from pipeline.bands import CODE_NODATA, CODE_OFFSET, CODE_SCALE, rgb_bands
 from pipeline.errors import ConfigError
 from pipeline.items import day_text
 from pipeline.layers import FLAGS
-from pipeline.preview import FLAG_COLOURS, RAMP
+from pipeline.preview import FEW_LOOKS, FLAG_COLOURS, RAMP
 from pipeline.scout import coarse_grid
 from pipeline.view_store import CHUNK, ViewStore
 
@@ -152,7 +152,10 @@ def describe(store: ViewStore, slot: int, shown: Shown, *, cut: float | None) ->
         classes with what to draw.
     """
     if shown.kind == "flags":
-        return {"range": [], "legend": {"kind": "classes", "entries": _flag_entries(store, slot)}}
+        return {
+            "range": [],
+            "legend": {"kind": "classes", "unit": "a pixel can have several", "entries": _flag_entries(store, slot)},
+        }
     slots = [period.slot for period in store.periods]
     pooled = [slots[round(i)] for i in np.linspace(0, len(slots) - 1, min(len(slots), POOLED_PERIODS))]
     names = arrays_of(shown)
@@ -222,12 +225,13 @@ def _ramp_legend(store: ViewStore, slot: int, shown: Shown, low: float, high: fl
             for i in commonest
         ]
     elif shown.kind == "clear_count":
-        out["ticks"] = sorted({"0", str(round(high / 2)), str(round(high))}, key=int)
+        out["ticks"] = [f"{v:g}" for v in (range(int(high) + 1) if high < FEW_LOOKS else (0, high / 2, high))]
         out["unit"] = "clear looks"
     else:
         middle = (low + high) / 2
         out["ticks"] = [f"{v:.2f}" if shown.kind == "index" else f"{v:.3f}" for v in (low, middle, high)]
-        out["unit"] = shown.names[0].upper() if shown.kind == "index" else f"one sigma of {shown.names[0]}"
+        named = f"one sigma of {shown.names[0]}; blank where none is known, as where observed"
+        out["unit"] = shown.names[0].upper() if shown.kind == "index" else named
     return out
 
 

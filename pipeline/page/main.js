@@ -186,11 +186,11 @@ function setSwipe(share) {
 
 function drawLegend(legend) {
   const entries = (legend.entries ?? []).map((e) => `<li><span class="swatch" style="background:${e.colour}"></span>${escape(e.label)}<b>${e.percent < 0.1 ? "< 0.1" : e.percent.toFixed(1)} %</b></li>`).join("");
-  const list = entries && `<ul>${entries}</ul>`;
+  const list = entries && `<ul>${entries}</ul>`, unit = legend.unit ? `<div>${escape(legend.unit)}</div>` : "";
   if (legend.kind === "ramp") {
-    $("legend").innerHTML = `${legend.unit ? `<div>${escape(legend.unit)}</div>` : ""}<div class="ramp" style="background:linear-gradient(90deg,${legend.colours.join(",")})"></div><div class="ticks">${legend.ticks.map((t) => `<span>${escape(t)}</span>`).join("")}</div>${list}`;
+    $("legend").innerHTML = `${unit}<div class="ramp" style="background:linear-gradient(90deg,${legend.colours.join(",")})"></div><div class="ticks">${legend.ticks.map((t) => `<span>${escape(t)}</span>`).join("")}</div>${list}`;
   } else if (legend.kind === "classes") {
-    $("legend").innerHTML = list;
+    $("legend").innerHTML = unit + list;
   } else {
     const colours = ["#d33a2c", "#2f9e44", "#2b6fd6"];
     $("legend").innerHTML = `<ul>${legend.names.map((name, i) => `<li><span class="swatch" style="background:${colours[i]}"></span>${escape(name)}</li>`).join("")}</ul>`;
