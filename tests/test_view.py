@@ -102,6 +102,8 @@ def test_every_layer_paints_where_there_is_data_and_has_a_legend(months, layer):
     if layer == "flags":
         shares = {entry["label"]: entry["percent"] for entry in told["legend"]["entries"]}
         assert shares["composed in time"] > 80
+    if layer == "clear_count":
+        assert told["legend"]["ticks"] == [str(number) for number in range(int(told["range"][1]) + 1)]
     if layer == "source_date":
         days = [entry["label"] for entry in told["legend"]["entries"]]
         assert "2021-06-11" <= min(days) <= max(days) <= "2021-08-08"
