@@ -61,10 +61,15 @@ def _main(
     pass
 
 
+def _end(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice: what is being released is not cut short
+    sys.exit(143)
+
+
 def main() -> None:
     """Entry point of the command ``cloudgate``."""
     # What ends a job politely (a scheduler, a container's stop) must release its cluster too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _end)
     code = 0
     try:
         app(standalone_mode=True)

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -135,3 +137,17 @@ def test_every_command_shows_an_example(command):
     done = _run(command, "--help")
     assert done.exit_code == 0
     assert f"cloudgate {command}" in done.stdout
+
+
+def test_a_second_call_to_end_does_not_cut_the_first_short():
+    script = """
+import atexit, os, signal
+from pipeline import cli
+
+cli.app = lambda **_: os.kill(os.getpid(), signal.SIGTERM)
+atexit.register(print, "released", flush=True)
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "released\n", "")
