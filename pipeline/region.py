@@ -29,7 +29,7 @@ from pipeline.items import Item
 from pipeline.tiles import TILE_M, tile_origin
 
 STRIP_ROWS: Final = 2048
-"""Rows of a polygon drawn at a time: a byte for each pixel of a country would take ten gigabytes."""
+"""Rows of a polygon drawn at a time: a byte for each pixel of such an area would take 6.6 GB."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Region:
         return _drawn(self, grid) if self.polygon else None
 
 
-@lru_cache(maxsize=1)  # of a country it takes a minute and a gigabyte, and a job has but one area
+@lru_cache(maxsize=1)  # of 85,000 x 77,000 px it takes 10 s and 0.8 GB, and a job has but one area
 def _drawn(region: Region, grid: Grid) -> NDArray[np.uint8]:
     outline = region.project(grid.crs)
     out = np.empty((grid.height, -(-grid.width // 8)), np.uint8)
