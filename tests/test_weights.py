@@ -176,3 +176,13 @@ def test_unknown_networks_and_options_are_named():
         models.build({"name": "scale", "width": "wide"})
     with pytest.raises(ConfigError, match="unknown network None"):
         models.build({})
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path):
+    path = tmp_path / "w.safetensors"
+    for padding in range(0, 264, 8):
+        weights.save(models.build({"name": "scale"}), path, card=CARD | {"padding": "x" * padding})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    assert weights.card(path)["padding"] == "x" * padding

@@ -154,8 +154,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _about(path: Path) -> dict[str, Any]:
     """The metadata of a file, checked as far as the header goes."""
     with path.open("rb") as raw:
-        start = raw.read(4)
-    if start.startswith(_PICKLES):
+        start = raw.read(9)
+    if start.startswith(_PICKLES) and start[8:] != b"{":  # a header's length may begin with any byte; then comes JSON
         raise WeightsError(
             f"weights {path}: this is a pickle (torch.save), which is never loaded because it can run code; "
             f"give a {SUFFIX} file that cloudgate train wrote"
