@@ -10,6 +10,7 @@ from made_up_batch import made_up_batch
 from pipeline.estimates import CONTEXT, ESTIMATES
 from pipeline.models import build
 from pipeline.models.batch import Batch
+from pipeline.models.compact import LIMIT
 from pipeline.models.doubt import middle_look
 from pipeline.models.kriging import Kriging, Residual, closed_series
 
@@ -93,6 +94,19 @@ def test_the_order_of_dates_and_padding_do_not_matter():
         there = model(given).image
         torch.testing.assert_close(model(shuffled).image, there, atol=1e-5, rtol=0)
         torch.testing.assert_close(model(padded).image, there, atol=1e-5, rtol=0)
+
+
+def test_a_gate_that_yields_leaves_what_the_kriging_explains():
+    given = batch(size=(24, 24))
+    free, yielding = trained(), trained(yields=True)
+    yielding.load_state_dict(free.state_dict())
+    with torch.inference_mode():
+        everywhere, held = free(given).aggregate, yielding(given).aggregate
+        estimates, left, _ = free._estimates(given)
+    kriged = given.prior + given.scale * ((estimates[:, -1] - given.prior) / given.scale).clamp(-LIMIT, LIMIT)
+    torch.testing.assert_close(held - kriged, left * (everywhere - kriged), atol=1e-6, rtol=1e-4)
+    gap = (given.known == 0).expand_as(kriged)
+    assert (held - kriged)[gap].abs().mean() < (everywhere - kriged)[gap].abs().mean()
 
 
 def test_a_target_that_shows_nothing_is_predicted():
@@ -186,7 +200,7 @@ def test_the_middle_look_is_levelled_and_not_moved_by_one_cloud():
     assert torch.isfinite(spread).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"doubt": True, "middle": True, "local": True}])
+@pytest.mark.parametrize("options", [{}, {"doubt": True, "middle": True, "local": True, "yields": True}])
 def test_every_part_learns(options):
     model = trained(**options).train()
     given = batch(size=(16, 16))

@@ -49,6 +49,7 @@ class CompactConfig(ModelConfig):
     middle: bool = Field(False, description="the middle of the looks, levelled to the target, among the estimates")
     gate: bool = Field(True, description="choose among the estimates; else X is the kriging or the prior")
     local: bool = Field(False, description="the gate opens pixel by pixel, not everywhere alike")
+    yields: bool = Field(False, description="the gate opens only as far as the kriging leaves a pixel unexplained")
     fusion: bool = Field(True, description="the residual U-Net")
     width: int = Field(16, ge=4, description="channels of the U-Net at full resolution")
     abstract: int = Field(8, ge=0, description="channels of the abstract features (maximum over members); 0 = none")
@@ -84,7 +85,8 @@ class Compact(Model):
         z = z.movedim(2, 1).flatten(0, 1)  # (B*C, M, H, W)
         x, abstract, shares = z[:, -1:], None, None  # the kriging; without it, the prior
         if self.gate is not None:
-            x, abstract, shares = self.gate(z, facts)
+            opening = left.repeat_interleave(batch.prior.shape[1], dim=0) if self.config.yields else None
+            x, abstract, shares = self.gate(z, facts, opening)
         image, sigma = x, None
         if self.fusion is not None:
             out = self.fusion(torch.cat([facts, x, *([] if abstract is None else [abstract])], dim=1))
@@ -171,7 +173,8 @@ class Gate(nn.Module):
 
     ``X = start + alpha * (sum of shares times members - start)``, where the start is the last member, ``alpha = 0`` at
     first: an untrained gate answers with the start. With ``local`` alpha is a number times a share of each pixel: where
-    nothing speaks against the start it can stay. The members share all weights but one vector each.
+    nothing speaks against the start it can stay. An opening given from outside (N, 1, H, W), 0 to 1, holds it back
+    further. The members share all weights but one vector each.
     """
 
     def __init__(self, facts: int, members: int, *, abstract: int, local: bool, hidden: int = 16) -> None:
@@ -184,7 +187,7 @@ class Gate(nn.Module):
         self.abstract = nn.Conv2d(hidden, abstract, 1) if abstract else None
         self.opens = nn.Sequential(nn.Mish(), nn.Conv2d(hidden, 1, 1), nn.Sigmoid()) if local else None
 
-    def forward(self, z: Tensor, facts: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, z: Tensor, facts: Tensor, opening: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """X (N, 1, H, W) in sigmas from the prior, abstract features (N, A, H, W), shares in X (N, M, H, W)."""
         n, m, h, w = z.shape
         seen = self.common(facts)
@@ -197,6 +200,7 @@ class Gate(nn.Module):
             features = self.abstract(hidden).view(n, m, -1, h, w).amax(dim=1)
         start = z[:, -1:]
         alpha = self.alpha if self.opens is None else self.alpha * self.opens(seen)
+        alpha = alpha if opening is None else alpha * opening
         return start + alpha * ((shares * z).sum(dim=1, keepdim=True) - start), features, alpha * shares
 
 
