@@ -19,7 +19,7 @@ def main(demo: str, out: str) -> None:
     width = 1100
     picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
     # maximum coverage keeps the colours of small areas, which legends need: the median cut made yellow orange
-    colours = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    colours = picture.quantize(192, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     colours.save(out, optimize=True)
     print(f"{out}: {Path(out).stat().st_size / 1000:.0f} kB")
 
