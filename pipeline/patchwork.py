@@ -7,7 +7,7 @@ how blocks were cut: it is padded by reflection where the *data* end.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from pipeline.bands import CODE_OFFSET, CODE_SCALE
 from pipeline.errors import ConfigError
-from pipeline.estimates import FIT_REACH_PX, HALO_PX, Estimates, Target, estimate
+from pipeline.estimates import CONTEXT, FIT_REACH_PX, HALO_PX, Estimates, Target, estimate
 from pipeline.models.batch import Batch
 
 Float32 = NDArray[np.float32]
 Flags = NDArray[np.bool_]
+
+_FITTED: Final = CONTEXT.index("fitted")
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,13 @@ class Source:
         arrays = [codes[serves], has_data[serves], open_to]
         arrays += [at(a) for a in (self.about.prior, self.about.scale, self.about.estimates, self.about.context)]
         arrays.append(known)
-        if (inside := _mirror(has_data.any(axis=0))) is not None:
+        inside = _mirror(has_data.any(axis=0))
+        if inside is not None:
             arrays = [array[..., inside[0][:, None], inside[1]] for array in arrays]
         codes, present, clear, *facts, known = arrays
         prior, scale, estimates, context = facts
+        if inside is not None:  # a reflection is for the eyes of convolutions: it is no second witness of the ground
+            context[_FITTED] *= _first(inside[0])[:, None] & _first(inside[1])
         days = self.target.days[serves] - np.int32(self.target.day)
         return _Patch(codes, present, clear, days, prior, scale, estimates, context, known)
 
@@ -202,6 +207,12 @@ def _mirror(seen: Flags) -> tuple[NDArray[np.intp], NDArray[np.intp]] | None:
         mode: Literal["reflect", "edge"] = "reflect" if last > first else "edge"
         axes.append(np.pad(np.arange(first, last + 1), (first, seen.shape[axis] - 1 - last), mode=mode))
     return axes[0], axes[1]
+
+
+def _first(padded: NDArray[np.intp]) -> Flags:
+    """(n,) True for the indices themselves, False for their reflections."""
+    at = np.arange(len(padded))
+    return np.asarray(padded == at)
 
 
 def to_batch(patches: Sequence[_Patch], device: torch.device) -> Batch:

@@ -10,7 +10,7 @@ from tiny_network import TinyNet, tiny
 from pipeline import predict
 from pipeline.bands import to_codes, to_reflectance
 from pipeline.errors import ConfigError, RunError
-from pipeline.estimates import Target
+from pipeline.estimates import CONTEXT, Target
 from pipeline.models.batch import Batch, Completed
 from pipeline.patchwork import PatchLattice
 from pipeline.predict import complete, halo_px
@@ -140,6 +140,10 @@ def test_patches_are_padded_by_reflection_where_data_end():
         assert (batch.scale > 0).all()
     first = model.seen[0]  # begins at -40: the first pixel of the data lies at 40
     assert torch.equal(first.looks[0, ANCHOR, :, 24:41, 24:41], first.looks[0, ANCHOR, :, 40:57, 40:57].flip(-1, -2))
+    fitted = first.context[0, CONTEXT.index("fitted"), 0]
+    assert fitted[40:, 40:].any()
+    assert not fitted[:40].any()  # a reflection is no further clear pixel to learn from
+    assert not fitted[:, :40].any()
 
 
 @pytest.mark.parametrize("n_bands", [1, 3, 4, 5, 10])
