@@ -54,7 +54,7 @@ def _run(model, codes, clear, **more):
 
 
 def test_the_lattice_leaves_no_seam(compact):
-    """Shifted by half a patch the picture stays within 1e-3 in a gap nearly as wide as a patch, and edges do not show."""
+    """Shifted by half a patch the picture stays within 1e-3 in a wide gap, and edges do not show."""
     truth, codes, clear = _scene()
     clear[ANCHOR, 40:260, 30:250] = False
     usual = lattice_of(compact)
