@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compact: no doubt": {"model": COMPACT | {"doubt": False}},
     "compact: no middle": {"model": COMPACT | {"middle": False}},
     "compact: gate alike everywhere": {"model": COMPACT | {"local": False}},
+    "compact: gate that yields": {"model": COMPACT | {"yields": True}},
     # the paper's network in its small form
     "small": {"model": SMALL, "loss": RATIO},
     "small: gate only": {"model": SMALL | {"unet": False}, "loss": RATIO},
