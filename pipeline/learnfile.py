@@ -204,6 +204,8 @@ class Training(_Base):
     @model_validator(mode="after")
     def _sources(self) -> Self:
         _check_sources(self.sources, self.bands)
+        if self.start is not None and Path(self.start).parent.resolve() == self.out.resolve():
+            raise ValueError(f"start: {self.start} lies in out, where this training writes its own; name another out")
         return self
 
 

@@ -141,7 +141,12 @@ class LookStream:
         for following in [*places[1:], None]:
             if strip.bits is None:
                 self._grow(strip)
+            told = len(self.failures)
             failed = self._gather(strip, block)
+            if block.lost and block.fresh:  # the columns of its neighbour hold the lost scene, and its mask no more
+                del self.failures[told:]
+                block = self._ask_block(block.rows, block.cols, None)
+                failed = self._gather(strip, block)
             here, now = strip, block
             if following is None:
                 yield self._mask(here, now, failed)

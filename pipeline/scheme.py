@@ -174,6 +174,12 @@ def build_model(training: Training) -> Model:
                 f"start: {training.start} is network {given.config.name!r} and model.name is {config.name!r}; name "
                 "weights of the same network, or leave start out"
             )
+        if given.config.bands != config.bands:
+            made, asked = (", ".join(bands) or "any" for bands in (given.config.bands, config.bands))
+            raise ConfigError(
+                f"start: {training.start} is made for bands {made}, and this network for {asked}; name weights "
+                "of the same bands in the same order"
+            )
         own = model.state_dict()
         model.load_state_dict(
             own | {name: v for name, v in given.state_dict().items() if name in own and own[name].shape == v.shape}

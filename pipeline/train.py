@@ -95,7 +95,9 @@ class Course:
         self.order = Order(len(self.parts["train"]), share, seed=seed, rank=rank, world=world, most=most)
         self.exam = Order(len(self.parts["validation"]), share, seed=None, rank=rank, world=world)
         self.waited = self.spent = 0.0
-        request, writes = _request(training, self.store), self.fabric.is_global_zero
+        # once, before any work: the file may be another training's, and change
+        self.start = None if training.start is None else weights.content_hash(training.start)
+        request, writes = _request(training, self.store) | {"start": self.start}, self.fabric.is_global_zero
         self.records = Records(training.out, request, restart=restart, writes=writes)
         self.state, there = self.records.load(self.fabric.device)
         if there:
@@ -224,7 +226,7 @@ class Course:
                 "sources": _sources(training),
             },
             "recipe": json.loads(training.model_dump_json(include={"model", "loss", "fit", "split"})),
-            "start": _start(training),
+            "start": self.start,
             "seed": training.seed,
             "scores": dict(row),
             "versions": {name: version(name) for name in ("cloudgate", "torch", "lightning")},
@@ -336,13 +338,9 @@ def _request(training: Training, store: Store) -> dict[str, Any]:
     """What must stay the same for a training to go on."""
     asked = json.loads(training.model_dump_json(include={"bands", "seed", "model", "loss", "split", "fit"}))
     asked["fit"] = {name: value for name, value in asked["fit"].items() if name not in _FREE}
-    asked["start"] = _start(training)
+    if not training.fit.frozen:  # as trainings that began before there was such a thing
+        del asked["fit"]["frozen"]
     return {**asked, "weights": {source.name: source.weight for source in training.sources}, "store": store.about}
-
-
-def _start(training: Training) -> str | None:
-    """Content hash of the weights that a training begins with."""
-    return None if training.start is None else weights.content_hash(training.start)
 
 
 def _sources(training: Training) -> dict[str, Any]:

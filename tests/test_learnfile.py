@@ -43,6 +43,7 @@ def written(folder: Path, fields: dict[str, Any]) -> Path:
         ({"bands": ["B10"]}, "cirrus cannot be simulated"),
         ({"bands": ["purple"]}, "unknown band 'purple'"),
         ({"cases": {"patch_px": 50}}, "cases.patch_px"),
+        ({"start": "model/weights.safetensors", "out": "model"}, "lies in out, where this training writes its own"),
         ({"split": {"validation_time": {"start": "2020-02-01", "end": "2020-01-01"}}}, "is before start"),
     ],
 )

@@ -35,8 +35,8 @@ class CompactConfig(ModelConfig):
     """The compact network."""
 
     name: Literal["compact"] = "compact"
-    patch_px: int = Field(256, ge=32, description="side of a patch at inference, pixels")
-    stride_px: int = Field(176, ge=16, description="from patch to patch, pixels")
+    patch_px: int = Field(128, ge=32, description="side of a patch at inference, pixels")
+    stride_px: int = Field(96, ge=16, description="from patch to patch, pixels")
     border_px: int = Field(8, ge=0, description="outermost pixels of a patch that are not used")
     kriging: bool = Field(True, description="carry what the fit leaves over into the gap")
     keys: int = Field(1024, ge=16, description="most clear pixels that speak in a patch")
