@@ -10,13 +10,13 @@ from pipeline import models
 from pipeline.models import weights
 
 
-def switched_off(source: Path, out: Path) -> None:
-    """Read, switch off, write."""
+def changed(source: Path, out: Path, **options: bool) -> None:
+    """The same weights in a network with other options."""
     model = weights.load_model(str(source))
-    plain = models.build(model.config.model_copy(update={"fusion": False}))
-    plain.load_state_dict(model.state_dict())
-    weights.save(plain, out, card=weights.card(source) | {"gamma": 0})
+    other = models.build(model.config.model_copy(update=options))
+    other.load_state_dict(model.state_dict())
+    weights.save(other, out, card=weights.card(source) | {"changed": options})
 
 
 if __name__ == "__main__":
-    switched_off(Path(sys.argv[1]), Path(sys.argv[2]))
+    changed(Path(sys.argv[1]), Path(sys.argv[2]), fusion=False)

@@ -1,20 +1,19 @@
 """The same recipe with several seeds, each field unseen in turn: `uv run python tests/benchmarks/seeds.py OUT RECIPE`.
 
 RECIPE is a TRAIN.yaml of two real fields, such as pipeline/weights/compact.yaml. Its samples are prepared once, so a
-seed decides the start, the order, the turns and the dropped looks. Each network is scored by `cloudgate evaluate` on
-the field that it did not see, whole and with gamma = 0 (the U-Net left out). Goes on where it was stopped. Prints dB
-above `regression` with its interval, for every seed and for the mean of the seeds case by case. `CLOUDGATE_DATA` names
-the real sets.
+seed decides the start, the order and the turns. `yields` is switched on afterwards, as in the weights that ship. Each
+network is scored by `cloudgate evaluate` on the field that it did not see, whole and with gamma = 0 (the U-Net left
+out). Goes on where it was stopped. Prints dB above `regression` with its interval, for every seed and for the mean of
+the seeds case by case. `CLOUDGATE_DATA` names the real sets.
 """
 
 import argparse
 import csv
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from gamma_zero import switched_off
+from gamma_zero import changed
 
 from pipeline import metrics
 from pipeline.evaluate import evaluate
@@ -33,8 +32,8 @@ def trained(out: Path, recipe: Path, field: str, seed: int, store: Path) -> list
     folder = out / f"no-{field}-{seed}"
     done = train(base.model_copy(update={"seed": seed, "store": store, "out": folder, "split": split}))
     whole, plain = folder / f"seed-{seed}.safetensors", folder / f"seed-{seed}-x.safetensors"  # names in the table
-    shutil.copy(done.weights, whole)
-    switched_off(whole, plain)
+    changed(done.weights, whole, yields=True)  # as in the weights that ship
+    changed(done.weights, plain, yields=True, fusion=False)
     return [whole, plain]
 
 
