@@ -214,6 +214,37 @@ def test_where_a_scene_fails_its_neighbour_of_the_same_pass_serves(whole, name):
     assert 0.2 < served[lies].mean() < 0.8
 
 
+def test_a_sub_block_that_loses_a_scene_keeps_none_of_it_from_its_neighbour(whole):
+    """The columns it shares with a neighbour that read the scene would stand under a mask that knows it no more."""
+    _, seen, asked, _ = whole["regression"]
+    layer = _clearest(seen, asked)
+    south = asked.acquisitions[layer].items[0].assets["red"]
+    rows, cols = (200, 380), (100, 250)
+    reach = cols[0] + 75 + asked.halo  # of the left sub-block
+
+    class Failing(ReadPool):
+        def submit_codes(self, asset, grid, offset_dn, out):
+            def work():
+                raise ReadError("made to fail")
+
+            beyond = grid.col0 + grid.width > asked.grid.col0 + reach
+            return (
+                self.queue(asset, work)
+                if asset is south and beyond
+                else super().submit_codes(asset, grid, offset_dn, out)
+            )
+
+    def second(first_col: int) -> tuple[np.ndarray, int]:
+        with Failing(threads=2, ahead=100) as pool:
+            stream = LookStream(replace(asked, cut_px=(180, 75)), rows, (first_col, cols[1]), pool)
+            return [looks.codes[layer].copy() for looks in stream][-1], len(stream.failures)
+
+    streamed, told = second(cols[0])
+    alone, _ = second(cols[0] + 75)
+    assert told == 1
+    np.testing.assert_array_equal(streamed, alone)
+
+
 @pytest.mark.parametrize(("block", "cols"), [("0_0", (260, 520)), ("1_0", (0, 260))])
 def test_what_a_sub_block_could_not_read_its_neighbour_does_not_pass_on(small, tmp_path, block, cols):
     """Sub-blocks share a margin; where either one failed, each must answer as it would alone."""

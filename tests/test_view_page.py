@@ -195,6 +195,16 @@ def earlier(stores, tmp_path):
     return path
 
 
+def _addresses(page, side, *, of):
+    """Compare with another side; the addresses with ``of`` in them that the page asks for until its map is whole."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    with page.expect_request(lambda request: of in request.url):  # the map is whole before it has begun, too
+        page.select_option("#compare", side)
+    page.wait_for_selector(READY)
+    return [address for address in asked if of in address]
+
+
 @pytest.mark.parametrize("layer", ["rgb:red,green,blue", "index:ndvi", "source_date"])
 def test_both_sides_of_a_comparison_have_the_stretch_that_the_legend_tells(site, stores, earlier, layer):
     with (
@@ -203,12 +213,8 @@ def test_both_sides_of_a_comparison_have_the_stretch_that_the_legend_tells(site,
     ):
         mine, theirs = _stretch(server.url, 0, 1, layer), _stretch(server.url, 1, 0, layer)
         assert mine != theirs
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.select_option("#compare", "store:1")
+        left = _addresses(page, "store:1", of="/tile/1/0/")
         expect(page.locator("#left-name")).to_contain_text("linear (linear.zarr)")
-        page.wait_for_selector(READY)
-        left = [address for address in asked if "/tile/1/0/" in address]
         assert len(left) >= 1
         assert _stretches(left) == {tuple(mine)}
         if layer == "source_date":
@@ -239,12 +245,8 @@ def test_before_is_shown_and_named_in_the_bands_it_was_kept_in(site, tmp_path):
     _infrared(tmp_path / "infrared.zarr")
     with MapServer([tmp_path / "infrared.zarr"], 0) as server, _page((server.url, site[1])) as page:
         expect(page.locator("input[name=layer]:checked")).to_have_value("rgb:nir,red,green")
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.select_option("#compare", "before")
+        kept = _addresses(page, "before", of="/before/0/0.png")
         expect(page.locator("#left-name")).to_have_text("before: a day (swir22, nir, green)")
-        page.wait_for_selector(READY)
-        kept = [address for address in asked if "/before/0/0.png" in address]
         assert _stretches(kept) == {tuple(_stretch(server.url, 0, 0, "rgb:swir22,nir,green"))}
 
 
