@@ -30,9 +30,8 @@ def main() -> None:
     began = time.perf_counter()
     _, chosen = plan_tasks(recipe, job)
     shards = sum(len(task.shards) for task in chosen)
-    print(
-        f"plan of {shards} shards in {len(chosen)} tasks of {layout(recipe, job)[0]} shards: {time.perf_counter() - began:.3f} s"
-    )
+    took = time.perf_counter() - began
+    print(f"plan of {shards} shards in {len(chosen)} tasks of {layout(recipe, job)[0]} shards: {took:.3f} s")
     done = {shard for task in tasks[::2] for shard in task.shards}
     began = time.perf_counter()
     _, left = plan_tasks(recipe, job, done=done)
