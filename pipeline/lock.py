@@ -27,6 +27,8 @@ NAME: Final = "lock"
 LEASE_S: Final = 30.0
 """A lease that was not renewed for so long is free; its owner renews it three times as often."""
 POLL_S: Final = 0.5
+OPEN_TRIES: Final = 20
+"""How often the lock's folder is made again when others take it away; each time another owner has just left."""
 UNSURE_S: Final = 180.0
 """How long a writer waits to learn whether its lease is still its own."""
 GO_ON: Final = "run the same command again: it goes on where it stopped"
@@ -169,11 +171,7 @@ def _file(folder: Path, wait_s: float) -> Iterator[Held]:
 def _try_file(folder: Path) -> int | None:
     """An open file that is locked, None where somebody else has it."""
     path = folder / NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise store_error(f"lock {path}", error) from error
+    file = _open(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file), path.stat()):
@@ -182,6 +180,19 @@ def _try_file(folder: Path) -> int | None:
         pass
     os.close(file)
     return None
+
+
+def _open(path: Path) -> int:
+    """The lock's file in its folder, which an owner who just leaves may take away between the two calls."""
+    left = OPEN_TRIES
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            left -= 1
+            if not left or not isinstance(error, FileNotFoundError | FileExistsError):
+                raise store_error(f"lock {path}", error) from error
 
 
 # -- in a bucket ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import lock
-from pipeline.errors import StoreBusyError
+from pipeline.errors import StoreBusyError, StoreError
 from pipeline.lock import hold
 from pipeline.objects import objects_at
 from pipeline.records import RunFolder
@@ -86,6 +86,25 @@ def test_locks_are_reentrant_and_leave_nothing(store):
     if not store.startswith("s3"):
         assert not run.path.exists()
     with hold(run):
+        pass
+
+
+def test_a_folder_that_its_last_owner_just_took_away_is_made_again(tmp_path, monkeypatch):
+    run, opened = RunFolder(str(tmp_path / "m.zarr")), os.open
+
+    def after_the_owner_left(path, *args):
+        monkeypatch.setattr(lock.os, "open", opened)
+        Path(path).parent.rmdir()
+        return opened(path, *args)
+
+    monkeypatch.setattr(lock.os, "open", after_the_owner_left)
+    with hold(run):
+        assert (run.path / lock.NAME).exists()
+
+
+def test_a_place_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "m.zarr.run").write_text("a file")
+    with pytest.raises(StoreError, match=r"cannot lock .*m\.zarr\.run"), hold(RunFolder(str(tmp_path / "m.zarr"))):
         pass
 
 
