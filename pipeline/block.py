@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import composite, learned, regression
+from pipeline import composite, kalman, learned, regression
 from pipeline.anchors import INTERPOLATE, AnchorMap
 from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError
@@ -86,14 +86,14 @@ class _Part:
 
 def has_uncertainty(method: Method) -> bool:
     """Whether the method fills the ``uncertainty`` layers."""
-    return method.name == "regression" or method.name in LEARNED
+    return method.name in ("kalman", "regression") or method.name in LEARNED
 
 
 def halo_px(method: Method) -> int:
     """How far around a block the method looks, in pixels of the grid."""
     if method.name in LEARNED:
         return learned.halo_px(method)
-    return regression.HALO_PX if method.name == "regression" else 0
+    return {"kalman": kalman.HALO_PX, "regression": max(regression.HALO_PX, kalman.HALO_PX)}.get(method.name, 0)
 
 
 def _options(method: Method) -> Any:
@@ -226,15 +226,34 @@ def _complete(looks: _Looks, method: Method, target: int, layer: int, weight: ND
         observed = np.zeros(inner_clear.shape[1:], bool) if layer == INTERPOLATE else inner_clear[layer]
         day = target if layer == INTERPOLATE else int(days[layer])
         return _Part(done.codes, done.source_date, done.sigma, observed, day, done.doubtful, tuple(done.notes))
-    name = "nearest" if method.name == "nearest" else "linear"
     day = target if layer == INTERPOLATE else int(days[layer])
-    out = composite.METHODS[name](codes=inner, clear=inner_clear, days=days, target=day)
-    observed = np.zeros(inner_clear.shape[1:], bool)
+    part = _between(looks, method, day)
     if layer != INTERPOLATE:
-        observed = inner_clear[layer]
-        np.copyto(out.codes, inner[layer], where=observed[None])
-        np.copyto(out.source_date, np.int32(day), where=observed)
-    return _Part(out.codes, out.source_date, None, observed, day)
+        part.observed = inner_clear[layer]
+        np.copyto(part.codes, inner[layer], where=part.observed[None])
+        np.copyto(part.source_date, np.int32(day), where=part.observed)
+        if part.sigma is not None:
+            np.copyto(part.sigma, np.float32(np.nan), where=part.observed[None])
+    return part
+
+
+def _between(looks: _Looks, method: Method, day: int) -> _Part:
+    """A day from the clear looks around it."""
+    inner, inner_clear = looks.inner
+    none = np.zeros(inner_clear.shape[1:], bool)
+    if method.name in ("nearest", "linear"):
+        out = composite.METHODS[method.name](codes=inner, clear=inner_clear, days=looks.days, target=day)
+        return _Part(out.codes, out.source_date, None, none, day)
+    made = kalman.interpolate(
+        codes=looks.codes,
+        clear=looks.clear,
+        days=looks.days,
+        target=day,
+        row0=looks.row0,
+        col0=looks.col0,
+        core=looks.core,
+    )
+    return _Part(made.codes, made.source_date, made.sigma, none, day)
 
 
 def _blend(parts: list[tuple[_Part, NDArray[np.float32] | None]]) -> tuple[_Part, NDArray[np.bool_]]:

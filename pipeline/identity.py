@@ -21,7 +21,7 @@ from pipeline.jobfile import job_json
 from pipeline.periods import Period
 from pipeline.records import RunFolder
 
-RESULT_VERSION: Final = 1
+RESULT_VERSION: Final = 2
 """Raised when the same request gives other pixels than before; a store of another version is not gone on with."""
 
 

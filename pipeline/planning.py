@@ -75,6 +75,9 @@ def block_bytes(recipe: Recipe, task_cols: int) -> float:
     per_pixel: float = looks * bands * 2 * (2 if recipe.ahead else 1) + looks * 3 + 40
     if recipe.method.name == "regression" or recipe.method.name in LEARNED:
         per_pixel += looks * 4 + min(looks, 33) * (min(bands, 4) * 2 + 1) + 80 + bands * 4
+    elif recipe.method.name == "kalman":
+        # each pixel's own mean, and the states of both filters at every sixteenth pixel
+        per_pixel += bands * 6 + looks * (2 * bands + 3) * 4 / 16 + 24
     fixed = 0.0
     if recipe.method.name in LEARNED:
         scratch, fixed = learned.scratch_bytes(recipe.method, looks, bands)

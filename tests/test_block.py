@@ -73,7 +73,7 @@ def test_every_pixel_that_any_look_shows_is_filled_and_no_other(name):
         low |= np.where(made.sigma == NO_SIGMA, 0, made.sigma).max(axis=0) > LOW_CONFIDENCE_SIGMA
     assert low[10, 10]
     np.testing.assert_array_equal((made.flags & LOW) > 0, low)
-    assert (made.sigma is not None) == (name == "regression")
+    assert (made.sigma is not None) == (name in ("kalman", "regression"))
 
 
 @pytest.mark.parametrize("name", [name for name in SHOWS_DATE if name not in LEARNED])
@@ -114,9 +114,9 @@ def test_two_anchors_blend_in_the_strip_and_nowhere_else():
 def test_without_an_anchor_it_interpolates_at_the_target():
     codes, clear = _looks()
     nothing = AnchorMap(1024, -1, -1, (INTERPOLATE,), np.ones((1, 3, 3), np.float32))
-    for name in ("linear", "regression"):
+    for name, shown in (("linear", "linear"), ("kalman", "kalman"), ("regression", "kalman")):
         made = _compose(name, codes, clear, nothing)
-        np.testing.assert_array_equal(made.codes, _compose("linear", codes, clear, None).codes)
+        np.testing.assert_array_equal(made.codes, _compose(shown, codes, clear, None).codes)
         assert not (made.flags & OBSERVED).any()
 
 

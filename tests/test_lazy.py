@@ -23,7 +23,7 @@ def _cube(request, seen, grid: Grid):
     return open_cube(found=found, grid=grid, bands=BANDS, chunk_px=512)
 
 
-@pytest.mark.parametrize("method", ["median", "linear", "regression"])
+@pytest.mark.parametrize("method", ["median", "linear", "kalman", "regression"])
 def test_lazy_and_job_agree_byte_for_byte(small, method):
     job = small.job(method={"name": method}, area={"bbox": small.bbox((170, 300), (120, 250))})
     request, seen, asked = recipe(job)
@@ -69,7 +69,7 @@ def test_nothing_is_computed_and_nothing_is_read(small, monkeypatch):
     with dask.config.set(scheduler=computes):
         cube = _cube(request, seen, asked.grid)
         clouds = cloud_mask(cube=cube)
-        for method in ("median", "linear", "regression"):
+        for method in ("median", "linear", "kalman", "regression"):
             made = compose(
                 cube=cube, clouds=clouds, method=method, anchors=seen.anchors if method != "median" else None
             )

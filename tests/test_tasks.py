@@ -24,7 +24,7 @@ from pipeline.scout import Scouted
 from pipeline.store import publish
 from pipeline.tasks import Task, _compose, compose_window, run_task
 
-METHODS = ("median", "linear", "regression")
+METHODS = ("median", "linear", "kalman", "regression")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_what_a_task_writes_is_what_is_composed(whole, tmp_path, name):
         assert report.bytes_read > 1000
         assert not report.failures
     days = Period(0, 18789, 18847, 18789, asked.target)
-    uncertain = name == "regression"
+    uncertain = name in ("kalman", "regression")
     publish(
         tmp_path / "m.zarr", asked.grid, job.bands, uncertainty=uncertain, schedule=[days], published=[True], attrs={}
     )
