@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import composite, kalman, learned, regression
+from pipeline import completion, composite, kalman, learned, regression
 from pipeline.anchors import INTERPOLATE, AnchorMap
 from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError
@@ -93,7 +93,7 @@ def halo_px(method: Method) -> int:
     """How far around a block the method looks, in pixels of the grid."""
     if method.name in LEARNED:
         return learned.halo_px(method)
-    return {"kalman": kalman.HALO_PX, "regression": max(regression.HALO_PX, kalman.HALO_PX)}.get(method.name, 0)
+    return {"kalman": kalman.HALO_PX, "regression": completion.HALO_PX}.get(method.name, 0)
 
 
 def _options(method: Method) -> Any:
@@ -197,7 +197,7 @@ def _complete(looks: _Looks, method: Method, target: int, layer: int, weight: ND
     days, (rows, cols) = looks.days, looks.core
     inner, inner_clear = looks.inner
     if layer != INTERPOLATE and method.name == "regression":
-        filled = regression.fill_acquisition(
+        filled = completion.complete(
             codes=looks.codes,
             clear=looks.clear,
             days=days,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline import composite, kalman, regression
+from pipeline import completion, composite, kalman
 from pipeline.bands import CODE_OFFSET, CODE_SCALE
 from pipeline.regression_lattice import CELL_PX
 
@@ -33,7 +33,7 @@ LEAST_SCALE: Final = np.float32(1e-3)
 """No prior is trusted further than this, in reflectance."""
 UNKNOWN_SCALE: Final = np.float32(0.03)
 """Sigma where the prior claims none (plain interpolation of a single look)."""
-HALO_PX: Final = max(regression.HALO_PX, kalman.HALO_PX)
+HALO_PX: Final = completion.HALO_PX
 """An estimate depends on nothing farther than this."""
 FIT_REACH_PX: Final = 2 * CELL_PX
 """How far beyond ``core`` a gap may lie and still decide whether a pixel of it gets a fit."""
@@ -117,7 +117,7 @@ def estimate(target: Target, *, core: tuple[slice, slice] | None = None) -> Esti
         )
         filled, sigma, dates = between.codes, between.sigma, between.source_date
     else:
-        done = regression.fill_acquisition(
+        done = completion.complete(
             codes=codes,
             clear=target.clear,
             days=days,

@@ -15,6 +15,7 @@ doi:10.1109/TAC.1969.1099196 (two filters that meet); Rasmussen & Williams 2006,
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline import composite
-from pipeline.sorting import strip_px, strips
 
 LENGTH_DAYS: Final = 20.0
 """Of the Matern 3/2 covariance (1 + d / LENGTH) exp(-d / LENGTH)."""
@@ -46,6 +46,8 @@ UNSEEN_SAMPLES: Final = 8.0
 """... which counts as much as so many samples."""
 SIGMA: Final = np.float32(0.95)
 """Factor on sigma, set on pasted holes."""
+TILE_PX: Final = 64
+"""Side of the squares that are worked on at a time: the states of both sides stay in the cache."""
 MOST_OFF: Final = 4000
 """Codes: a sample lies no farther off than this."""
 
@@ -78,6 +80,7 @@ def interpolate(
     row0: int,
     col0: int,
     core: tuple[slice, slice] | None = None,
+    within: Flags | None = None,
 ) -> Interpolated:
     """Estimate what a day shows from the clear looks before and after it.
 
@@ -89,6 +92,7 @@ def interpolate(
         row0: global row of pixel [0, 0].
         col0: its global column.
         core: rows and columns to answer for, where the rest is halo; default all.
+        within: bool, of the core's shape: where an answer is wanted at all; elsewhere it may be no data.
 
     Returns:
         :class:`Interpolated` of the core, eager.
@@ -102,8 +106,9 @@ def interpolate(
     rows, cols = core or (slice(0, codes.shape[2]), slice(0, codes.shape[3]))
     inner = _Looks(codes[:, :, rows, cols], clear[:, rows, cols], middle.codes[:, rows, cols], days)
     out, sigma = np.zeros(inner.middle.shape, np.uint16), np.full(inner.middle.shape, np.nan, np.float32)
-    height, width = out.shape[1:]
-    for ys, xs in strips(height, width, strip_px(16 * (out.shape[0] + 3))):
+    for ys, xs in product(*(_steps(size) for size in out.shape[1:])):
+        if within is not None and not within[ys, xs].any():
+            continue
         part = inner.part(ys, xs)
         place = _Place.of(
             row0 + rows.start + ys.start, col0 + cols.start + xs.start, part.middle.shape[1:], noise.first
@@ -115,6 +120,10 @@ def interpolate(
         scale = np.stack([place.bilinear(cells) for cells in noise.scale])
         sigma[:, ys, xs] = np.where(seen, SIGMA * np.sqrt((variance + np.float32(NOISE)) * scale), np.float32(np.nan))
     return Interpolated(out, sigma, middle.source_date[rows, cols])
+
+
+def _steps(size: int) -> list[slice]:
+    return [slice(start, min(start + TILE_PX, size)) for start in range(0, size, TILE_PX)]
 
 
 @dataclass(frozen=True)

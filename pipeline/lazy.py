@@ -15,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from pipeline import learned, regression
+from pipeline import completion, learned, regression
 from pipeline.anchors import AnchorMap
 from pipeline.bands import BANDS, CODE_MAX, to_codes, to_reflectance
 from pipeline.block import NO_SIGMA, check_method, compose_block, halo_px, has_uncertainty
@@ -228,12 +228,12 @@ def fill_series(
     def block(
         codes: NDArray[np.uint16], clear: NDArray[np.bool_], row0: int, col0: int, core: tuple[slice, slice]
     ) -> NDArray[Any]:
-        filled = regression.fill_series(
+        filled = completion.fill_series(
             codes=codes, clear=clear, days=days, row0=row0, col0=col0, options=settings, window_days=window_days
         )
         return to_reflectance(filled[:, :, core[0], core[1]])
 
-    data = _map(cube, clouds["clear"].data, regression.HALO_PX, block, shape, np.float32)
+    data = _map(cube, clouds["clear"].data, completion.HALO_PX, block, shape, np.float32)
     return cube["reflectance"].copy(data=data)
 
 

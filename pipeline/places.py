@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from pipeline import lazy, mask
 from pipeline.bands import temporal_bands, to_codes
 from pipeline.cases import CLOUD, SHADOW, VOID, Bits, Codes, Series, compared
+from pipeline.completion import HALO_PX
 from pipeline.config import Job, Mask
 from pipeline.errors import ConfigError, NoItemsError
 from pipeline.grid import Grid
 from pipeline.items import group_acquisitions
 from pipeline.learnfile import Simulated, Source, job_of
 from pipeline.phenology import SceneParams
-from pipeline.regression import HALO_PX
 from pipeline.request import Request, mask_params, reading, resolve
 from pipeline.simulate import Region
 
@@ -50,7 +50,7 @@ def places(
     Args:
         source: a region of one's own, or the simulator.
         bands: in order.
-        block_px: a larger area comes in blocks of this side, each with the margin of ``regression.HALO_PX``.
+        block_px: a larger area comes in blocks of this side, each with the margin of ``completion.HALO_PX``.
         max_blocks: at most so many blocks, drawn by the seed.
         seed: see ``max_blocks``.
         other_mask: a second reading of the masks, for the variants ``scl`` and ``scl+check`` of an evaluation.

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.regression_lattice import GRID_PX, HALO_PX, RegressionOptions, Windows, plan
 from pipeline.regression_windows import Bool, Float32, Group, Int32, UInt16
 
-__all__ = ["HALO_PX", "Filled", "RegressionOptions", "fill_acquisition", "fill_series"]
+__all__ = ["HALO_PX", "Filled", "RegressionOptions", "fill_acquisition"]
 
 DISTANCE_CAP_PX = 128  # sigma grows up to here; below HALO_PX
 GROUP_BANDS = 4  # bands that serve as features for each other
@@ -41,8 +41,8 @@ class Filled:
     """``(B, H, W)`` one sigma in codes (1 = 1e-4 reflectance) where filled, NaN elsewhere."""
     source_date: Int32
     """``(H, W)`` days since 1970-01-01: own day where observed, else of the nearest clear look; 0 = none."""
-    model: Bool
-    """``(H, W)`` True where the regression itself spoke; False = observed, or fallen back to plain linear."""
+    evidence: Float32
+    """``(H, W)`` 0 to 1, how much clear pixels of the anchor decide; 0 = plain linear, 1 = observed."""
     fit: Float32 | None = None
     """``(B, H, W)`` codes, what the fit says before any residual, on clear pixels too; NaN beyond its cells."""
 
@@ -93,7 +93,7 @@ def fill_acquisition(
     sigma = np.full((n_bands, height, width), np.nan, np.float32)
     source_date = np.zeros((height, width), np.int32)
     source_date[area] = _nearest_look(clear[:, *area], days, anchor)
-    model = np.zeros((height, width), bool)
+    evidence = np.ones((height, width), np.float32)
     fit = np.full(sigma.shape, np.nan, np.float32) if with_fit else None
     lattice = plan(gap, row0, col0)
     if n_times > 1 and lattice.nodes:
@@ -102,48 +102,8 @@ def fill_acquisition(
             windows = Windows(clear, days, anchor, lattice, options)
             for bands in _groups(n_bands):
                 part = Group(codes[:, bands], windows, options)
-                part.write(out[bands], sigma[bands], model, gap, growth, None if fit is None else fit[bands])
-    return Filled(out, sigma, source_date, model, fit)
-
-
-def fill_series(
-    *,
-    codes: UInt16,
-    clear: Bool,
-    days: Int32,
-    row0: int,
-    col0: int,
-    options: RegressionOptions = DEFAULTS,
-    window_days: int | None = None,
-) -> UInt16:
-    """Every acquisition completed: a series without gaps.
-
-    Args:
-        codes: ``(T, B, H, W)`` uint16 codes, 0 = no data.
-        clear: ``(T, H, W)`` bool, True = usable look.
-        days: ``(T,)`` int32 days since 1970-01-01, ascending.
-        row0: global lattice row of pixel [0, 0].
-        col0: its global lattice column.
-        options: see :class:`RegressionOptions`.
-        window_days: use only looks within this many days of each acquisition; default all.
-
-    Returns:
-        ``(T, B, H, W)`` uint16, eager; observed values bit-exact, 0 only where a pixel has no clear look at
-        all.
-    """
-    filled = np.empty_like(codes)
-    for t, day in enumerate(days):
-        used = np.arange(len(days)) if window_days is None else np.flatnonzero(np.abs(days - day) <= window_days)
-        filled[t] = fill_acquisition(
-            codes=codes[used],
-            clear=clear[used],
-            days=days[used],
-            anchor=int(np.searchsorted(used, t)),
-            row0=row0,
-            col0=col0,
-            options=options,
-        ).codes
-    return filled
+                part.write(out[bands], sigma[bands], evidence, gap, growth, None if fit is None else fit[bands])
+    return Filled(out, sigma, source_date, evidence, fit)
 
 
 def _check(codes: UInt16, clear: Bool, days: Int32, anchor: int) -> None:

@@ -239,9 +239,9 @@ class Group:
         return np.concatenate([(left_mean - slope * guide_mean) * fade, slope * fade])
 
     def write(
-        self, out: UInt16, sigma: Float32, model: Bool, gap: Bool, growth: Float32, fit: Float32 | None = None
+        self, out: UInt16, sigma: Float32, evidence: Float32, gap: Bool, growth: Float32, fit: Float32 | None = None
     ) -> None:
-        """Fill the gaps of ``out``, ``sigma`` and ``model`` in place; and ``fit`` wherever it was predicted."""
+        """Fill the gaps of ``out``, ``sigma`` and ``evidence`` in place; and ``fit`` wherever it was predicted."""
         lat = self.lattice
         around = {cell: self._corners(cell) for cell in self.held}
         added = np.zeros((len(self.held), self.n_bands, CELL_PX**2), np.float32)
@@ -268,13 +268,13 @@ class Group:
             if line is not None:
                 value = value + _upsampled(line, y, x, value)
             codes = self._clipped(held, value)
-            evidence, variance = self._doubt(held, *around[cell])
+            sure, variance = self._doubt(held, *around[cell])
             spread = np.sqrt(variance).reshape(-1, CELL_PX, CELL_PX)[:, rows.inner, cols.inner]
             outer = (slice(None), rows.outer, cols.outer)
             np.copyto(out[outer], codes[:, rows.inner, cols.inner], where=here)
             np.copyto(sigma[outer], spread * growth[rows.outer, cols.outer], where=here)
-            spoke = (evidence > 0.5).reshape(CELL_PX, CELL_PX)[rows.inner, cols.inner]
-            model[rows.outer, cols.outer] |= here & spoke
+            least = evidence[outer[1:]]
+            np.minimum(least, sure.reshape(CELL_PX, CELL_PX)[rows.inner, cols.inner], out=least, where=here)
 
     def _clipped(self, held: Held, added: Float32) -> UInt16:
         """(b, CELL_PX, CELL_PX) codes of linear plus ``added``, held near the looks of each pixel."""
