@@ -27,7 +27,7 @@ from pipeline.models.kriging import Kriging, Residual, closed_series
 
 LIMIT = 8.0
 """Deviations beyond this many sigmas are cut before the network sees them."""
-_FIT = ESTIMATES.index("fit")
+_FIT, _KALMAN = ESTIMATES.index("fit"), ESTIMATES.index("kalman")
 _DISTANCE, _FITTED = CONTEXT.index("distance"), CONTEXT.index("fitted")
 
 
@@ -46,6 +46,7 @@ class CompactConfig(ModelConfig):
     )
     dates: int = Field(14, ge=1, description="most dates compared by the kernel")
     doubt: bool = Field(False, description="clear pixels that look like missed cloud or shadow say less")
+    kalman: bool = Field(False, description="the filter in time among the estimates")
     middle: bool = Field(False, description="the middle of the looks, levelled to the target, among the estimates")
     gate: bool = Field(True, description="choose among the estimates; else X is the kriging or the prior")
     local: bool = Field(False, description="the gate opens pixel by pixel, not everywhere alike")
@@ -64,7 +65,8 @@ class Compact(Model):
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
         self.config = config
-        self.members = ("prior", *ESTIMATES, *(["middle"] if config.middle else []), "kriging")
+        taken = ESTIMATES if config.kalman else ESTIMATES[:_KALMAN]
+        self.members = ("prior", *taken, *(["middle"] if config.middle else []), "kriging")
         self.kriging = Kriging(dates=config.dates) if config.kriging else None
         self.doubt = Doubt() if config.doubt else None
         channels = 2 * (len(self.members) - 1) + len(CONTEXT) + 5 + config.middle
@@ -126,7 +128,8 @@ class Compact(Model):
                 learned_at=self.config.learned_at if self.training else None,
             )
             kriged, left = torch.where(gap > 0, fit + correction, batch.prior), left * (1.0 - batch.known)
-        return torch.cat([batch.estimates, *(m[:, None] for m in (*more, kriged))], dim=1), left, about
+        taken = batch.estimates if self.config.kalman else batch.estimates[:, :_KALMAN]
+        return torch.cat([taken, *(m[:, None] for m in (*more, kriged))], dim=1), left, about
 
     def _look_shares(self, batch: Batch, shares: Tensor) -> Tensor:
         """(B, T, C, H, W): the shares of the looks just before and after the target, at their steps."""
