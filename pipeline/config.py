@@ -26,21 +26,9 @@ CALENDAR = ("month", "quarter", "year", "10 days", "week")
 """Lengths of periods by name; anything else is a cron expression."""
 MASK_MODELS = ("omnicloudmask", "s2cloudless")
 """Cloud detectors that make the mask from the bands; each is an extra."""
-METHODS = (
-    "median",
-    "p25",
-    "mean",
-    "medoid",
-    "geomedian",
-    "nearest",
-    "linear",
-    "decay",
-    "kalman",
-    "regression",
-    "timegate",
-)
 SHOWS_DATE = ("nearest", "linear", "kalman", "regression", "timegate")
 """Methods that show a date (an anchor is completed); the others show the whole span."""
+METHODS = ("median", "p25", "mean", "medoid", "geomedian", "decay", *SHOWS_DATE)
 LEARNED = ("timegate",)
 """Methods that are learned models; they need the extra ``learn``."""
 
