@@ -13,7 +13,7 @@ doi:10.1109/TAC.1969.1099196 (two filters that meet); Rasmussen & Williams 2006,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Final
@@ -110,15 +110,14 @@ def interpolate(
         if within is not None and not within[ys, xs].any():
             continue
         part = inner.part(ys, xs)
-        place = _Place.of(
-            row0 + rows.start + ys.start, col0 + cols.start + xs.start, part.middle.shape[1:], noise.first
-        )
-        value, variance = _meet(*_sides(part, target, [place.bilinear(cells) for cells in noise.dates]))
+        first = row0 + rows.start + ys.start, col0 + cols.start + xs.start
+        near = _between_cells(noise.cells, noise.first, first, part.middle.shape[1:])
+        value, variance = _meet(*_sides(part, target, near[: len(days)]))
         value += part.middle
         seen = part.middle[0] != 0
         out[:, ys, xs] = np.where(seen, np.clip(np.rint(value), 1, 65534), 0).astype(np.uint16)
-        scale = np.stack([place.bilinear(cells) for cells in noise.scale])
-        sigma[:, ys, xs] = np.where(seen, SIGMA * np.sqrt((variance + np.float32(NOISE)) * scale), np.float32(np.nan))
+        spread = SIGMA * np.sqrt((variance + np.float32(NOISE)) * near[len(days) :])
+        sigma[:, ys, xs] = np.where(seen, spread, np.float32(np.nan))
     return Interpolated(out, sigma, middle.source_date[rows, cols])
 
 
@@ -186,7 +185,7 @@ class _State:
         return out
 
 
-def _sides(looks: _Looks, target: int, noise: Sequence[Float32]) -> tuple[_State, _State]:
+def _sides(looks: _Looks, target: int, noise: Float32) -> tuple[_State, _State]:
     """What the looks up to the target say of it, and what those after it say."""
     sides = []
     split = int(np.searchsorted(looks.days, target, side="right"))
@@ -228,10 +227,9 @@ class _Noise:
     """By cell, the first of which has the global index ``first`` (y, x)."""
 
     first: tuple[int, int]
-    dates: Float32
-    """(T, cells y, cells x) variance of a date's noise, in units of the process's."""
-    scale: Float32
-    """(B, cells y, cells x) variance of the process, code^2; NaN where nothing tells it."""
+    cells: Float32
+    """(T + B, cells y, cells x): T variances of the dates' noise, in units of the process's variance, then those of the
+    process by band, code^2; NaN where nothing tells them."""
 
 
 def _noise(codes: Codes, clear: Flags, days: Int32, middle: Codes, row0: int, col0: int) -> _Noise:
@@ -261,7 +259,7 @@ def _noise(codes: Codes, clear: Flags, days: Int32, middle: Codes, row0: int, co
         relative = np.clip(relative / (count_near + UNSEEN_SAMPLES), LEAST_NOISE, MOST_NOISE)
         relative[:, ~(usual > 0)] = 1.0
         scale = (squares_near / relative[:, None]).sum(axis=0) * _EXPECTED_UNIT / expected_near.sum(axis=0)
-    return _Noise(first, (relative * NOISE).astype(np.float32), scale.astype(np.float32))
+    return _Noise(first, np.concatenate([relative * NOISE, scale]).astype(np.float32))
 
 
 _EXPECTED_UNIT: Final = 1 << 12
@@ -310,29 +308,16 @@ def _near(sums: Int64) -> Float64:
     return near
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the pixels of a rectangle lie between the middles of cells, along both axes."""
+def _between_cells(cells: Float32, first: tuple[int, int], start: tuple[int, int], shape: tuple[int, ...]) -> Float32:
+    """(k, H, W) values of the pixels from global ``start`` on, bilinear between the middles of (k, y, x) cells.
 
-    rows: tuple[NDArray[np.intp], Float32]
-    cols: tuple[NDArray[np.intp], Float32]
-
-    @classmethod
-    def of(cls, row: int, col: int, shape: tuple[int, ...], first: tuple[int, int]) -> "_Place":
-        """The rectangle of ``shape`` that begins at global (row, col), over cells that begin at ``first``."""
-        axes = []
-        for start, size, cell in zip((row, col), shape, first, strict=True):
-            at = (np.arange(start, start + size) + 0.5) / CELL_PX - 0.5 - cell
-            low = np.floor(at).astype(np.intp)
-            axes.append((low, (at - low).astype(np.float32)))
-        return cls(axes[0], axes[1])
-
-    def bilinear(self, cells: Float32) -> Float32:
-        """(H, W) values between those of the cells; beyond the outermost middles the outermost value."""
-        out = cells
-        for axis, (low, share) in enumerate((self.rows, self.cols)):
-            last = cells.shape[axis] - 1
-            one, two = (np.take(out, np.clip(low + k, 0, last), axis=axis) for k in (0, 1))
-            weight = share[:, None] if axis == 0 else share
-            out = one + (two - one) * weight
-        return out
+    Beyond the outermost middles the outermost value.
+    """
+    out = cells
+    for axis, (cell, begin, size) in enumerate(zip(first, start, shape, strict=True), 1):
+        at = (np.arange(begin, begin + size) + 0.5) / CELL_PX - 0.5 - cell
+        low = np.floor(at).astype(np.intp)
+        one, two = (np.take(out, np.clip(low + k, 0, cells.shape[axis] - 1), axis=axis) for k in (0, 1))
+        share = (at - low).astype(np.float32)
+        out = one + (two - one) * (share[:, None] if axis == 1 else share)
+    return out

@@ -48,7 +48,7 @@ def test_both_sides_meet_in_what_plain_algebra_says():
     codes, clear = series()
     middle = composite.decay(codes=codes, clear=clear, days=DAYS, target=TARGET, tau_days=60).codes
     looks = kalman._Looks(codes, clear, middle, DAYS)
-    flat = [np.full(clear.shape[1:], NOISE, np.float32)] * len(DAYS)
+    flat = np.full(clear.shape, NOISE, np.float32)
     for target in (TARGET, 17_990, 18_003, 18_070):  # between, before all, on two looks, after all
         value, variance = kalman._meet(*kalman._sides(looks, target, flat))
         for y, x in product(range(0, 24, 5), range(0, 20, 3)):
@@ -111,7 +111,7 @@ def test_haze_that_the_mask_missed_is_found_by_what_the_other_dates_say():
     )
     own = np.abs(made.codes.astype(float) - clean.codes)[:, :, :100].mean()
     assert own < 0.45 * np.abs(line - plain)[:, :, :100].mean()
-    noise = kalman._noise(hazy, clear, DAYS, clean.codes, 0, 0).dates / NOISE
+    noise = kalman._noise(hazy, clear, DAYS, clean.codes, 0, 0).cells[: len(DAYS)] / NOISE
     assert noise[3, :, 0].min() > 3
     assert noise[3, :, -1].max() < 2
     assert made.sigma[:, :, :100].mean() > 1.1 * made.sigma[:, :, -60:].mean()
