@@ -93,6 +93,25 @@ def rgb_bands(names: Sequence[str]) -> tuple[str, str, str]:
     return ordered[-1], ordered[len(ordered) // 2], ordered[0]
 
 
+def complete_looks(*, codes: NDArray[np.uint16], clear: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """``clear`` (T, H, W) without the looks that lack a band in ``codes`` (T, B, H, W); itself where none does."""
+    complete = clear
+    has_data = np.empty(clear.shape[1:], bool)
+    for t, looks in enumerate(
+        clear
+    ):  # look by look keeps the temporaries small, and those that show nothing cost nothing
+        if not looks.any():
+            continue
+        full = looks.copy()
+        for band in codes[t]:
+            full &= np.not_equal(band, CODE_NODATA, out=has_data)
+        if not np.array_equal(full, looks):
+            if complete is clear:
+                complete = clear.copy()
+            complete[t] = full
+    return complete
+
+
 def to_reflectance(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
     """Codes of any shape to float32 reflectance (about 0 to 1), NaN where the code is 0."""
     out = (codes.astype(np.float32) - np.float32(CODE_OFFSET)) / np.float32(1 / CODE_SCALE)

@@ -6,7 +6,7 @@ In: ``codes (T, B, H, W)`` uint16 (0 = no data, 65535 reserved), ``clear (T, H, 
 Every method is eager numpy, single-threaded (the ufuncs release the GIL: run blocks in threads), and
 elementwise in space: a pixel's bits do not depend on how the block was cut. A look counts at a pixel
 where it is clear **and all its bands have data**, so that no composite mixes the bands of different
-looks unknowingly (:func:`complete_looks`). Where no look counts, codes and date are 0.
+looks unknowingly (``bands.complete_looks``). Where no look counts, codes and date are 0.
 
 The work goes strip by strip, small enough for all T looks of a strip to stay in the processor's second
 cache, and without boolean indexing: masks are uint16 words of all ones or zeros, so that masking is a
@@ -155,11 +155,6 @@ SHOWS_DATE: Final = frozenset({"nearest", "linear"})
 def clear_count(clear: NDArray[np.bool_]) -> NDArray[np.uint16]:
     """Number of clear looks, uint16 (H, W), from ``clear`` bool (T, H, W)."""
     return np.asarray(np.add.reduce(clear.view(np.uint8), axis=0, dtype=np.uint16))
-
-
-def complete_looks(*, codes: Codes, clear: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """``clear`` without the looks that lack a band: bool (T, H, W); what every method here counts."""
-    return np.asarray(clear & (np.minimum.reduce(codes, axis=1) != 0))
 
 
 def _compose(codes: Codes, clear: NDArray[np.bool_], days: NDArray[np.int32], target: int, kernel: _Kernel) -> Composed:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline import completion, composite, kalman
-from pipeline.bands import CODE_OFFSET, CODE_SCALE
+from pipeline.bands import CODE_OFFSET, CODE_SCALE, complete_looks
 from pipeline.regression_lattice import CELL_PX
 
 Float32 = NDArray[np.float32]
@@ -100,7 +100,7 @@ def estimate(target: Target, *, core: tuple[slice, slice] | None = None) -> Esti
         ``Estimates`` of the whole block.
     """
     codes, days, day, anchor = target.codes, target.days, target.day, target.anchor
-    usable = composite.complete_looks(codes=codes, clear=target.clear)
+    usable = complete_looks(codes=codes, clear=target.clear)
     rest = usable.copy()
     if anchor is not None:
         rest[anchor] = False

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline import composite
+from pipeline.bands import complete_looks
 
 LENGTH_DAYS: Final = 20.0
 """Of the Matern 3/2 covariance (1 + d / LENGTH) exp(-d / LENGTH)."""
@@ -101,7 +102,7 @@ def interpolate(
         ValueError: shapes, dtypes or the order of days do not fit.
     """
     middle = composite.decay(codes=codes, clear=clear, days=days, target=target, tau_days=CENTRE_TAU_DAYS)
-    clear = composite.complete_looks(codes=codes, clear=clear)
+    clear = complete_looks(codes=codes, clear=clear)
     noise = _noise(codes, clear, days, middle.codes, row0, col0)
     rows, cols = core or (slice(0, codes.shape[2]), slice(0, codes.shape[3]))
     inner = _Looks(codes[:, :, rows, cols], clear[:, rows, cols], middle.codes[:, rows, cols], days)

@@ -185,18 +185,14 @@ def look_shares(method: Method, target: Target, *, pixel: tuple[int, int], **mor
 
 def scratch_bytes(method: Method, looks: int, bands: int) -> tuple[float, float]:
     """(bytes per pixel of a block, bytes whatever its size) that the method takes beside its looks."""
-    from pipeline import predict
-
     options = _ready(method)
-    side = predict.lattice_of(_read(options.weights, options.weights_sha256)).patch_px
+    model = _read(options.weights, options.weights_sha256)
     per_pixel = 4.0 * bands * (3 * len(ESTIMATES) + len(CONTEXT) + 6) + 3 * looks
-    return per_pixel, TORCH_BYTES + 4.0 * side**2 * looks * (2 * bands + FEATURES)
+    return per_pixel, TORCH_BYTES + model.patch_bytes(looks, bands)
 
 
 TORCH_BYTES: Final = 350e6
 """Resident size that torch adds to a process."""
-FEATURES: Final = 128
-"""Feature maps of a look that a network holds at its widest place."""
 
 
 def _need_torch() -> None:

@@ -20,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline import composite
-from pipeline.bands import CODE_SCALE, to_codes
+from pipeline.bands import CODE_SCALE, complete_looks, to_codes
 from pipeline.errors import ConfigError, RunError
 from pipeline.estimates import HALO_PX, Target
 from pipeline.models.batch import Batch, Completed
@@ -117,7 +116,7 @@ def complete(
     """
     codes, anchor = target.codes, target.anchor
     rows, cols = core or (slice(0, codes.shape[2]), slice(0, codes.shape[3]))
-    clear = composite.complete_looks(codes=codes, clear=target.clear)
+    clear = complete_looks(codes=codes, clear=target.clear)
     target = replace(target, clear=clear, day=target.day if anchor is None else int(target.days[anchor]))
     inner = clear[:, rows, cols]
     known = np.zeros(inner.shape[1:], bool) if anchor is None else inner[anchor]

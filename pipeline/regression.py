@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from pipeline.bands import complete_looks
 from pipeline.blas import one_blas_thread
 from pipeline.errors import ConfigError
 from pipeline.regression_lattice import GRID_PX, HALO_PX, RegressionOptions, Windows, plan
@@ -82,7 +83,7 @@ def fill_acquisition(
     Source: science notes, section 4.1; the features of all bands of a group serve each band.
     """
     _check(codes, clear, days, anchor)
-    clear = _complete(codes, clear)
+    clear = complete_looks(codes=codes, clear=clear)
     n_times, n_bands, height, width = codes.shape
     inside = np.zeros((height, width), bool)
     area = core if core is not None else (slice(None), slice(None))
@@ -115,23 +116,6 @@ def _check(codes: UInt16, clear: Bool, days: Int32, anchor: int) -> None:
         raise ConfigError(f"days {days.tolist()}: pass one day an acquisition, ascending")
     if not 0 <= anchor < len(days):
         raise ConfigError(f"anchor {anchor}: must be an index into the {len(days)} acquisitions")
-
-
-def _complete(codes: UInt16, clear: Bool) -> Bool:
-    """Clear looks that have data in all bands, layer by layer to keep the temporaries small; copied if needed."""
-    complete = clear
-    has_data = np.empty(clear.shape[1:], bool)
-    for t, looks in enumerate(clear):
-        if not looks.any():
-            continue
-        full = looks.copy()
-        for band in codes[t]:
-            full &= np.not_equal(band, 0, out=has_data)
-        if not np.array_equal(full, looks):
-            if complete is clear:
-                complete = clear.copy()
-            complete[t] = full
-    return complete
 
 
 def _groups(n_bands: int) -> list[slice]:

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from pipeline import learned
 from pipeline import mask as masks
 from pipeline.anchors import INTERPOLATE
-from pipeline.bands import CODE_MIN, CODE_NODATA, to_reflectance
+from pipeline.bands import CODE_MIN, CODE_NODATA, complete_looks, to_reflectance
 from pipeline.block import compose_block
-from pipeline.composite import complete_looks
 from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError, RunError
 from pipeline.estimates import Target

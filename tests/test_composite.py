@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline import composite
-from pipeline.composite import METHODS, Composed, clear_count, complete_looks
+from pipeline.bands import complete_looks
+from pipeline.composite import METHODS, Composed, clear_count
 from pipeline.errors import ConfigError
 
 TARGET = 17030

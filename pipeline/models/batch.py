@@ -12,6 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+FEATURES = 128
+"""Feature maps of a look that a network holds at its widest place."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -116,6 +119,10 @@ class Model(nn.Module, ABC):
     """A network that completes targets; ``pipeline.models.build`` makes one from its configuration."""
 
     config: ModelConfig
+
+    def patch_bytes(self, looks: int, bands: int) -> float:
+        """Bytes that one patch of so many looks takes at the peak, on a CPU; a network that measured it tells better."""
+        return 4.0 * self.config.patch_px**2 * looks * (2 * bands + FEATURES)
 
     @abstractmethod
     def forward(self, batch: Batch, *, with_weights: bool = False) -> Completed:

@@ -13,7 +13,7 @@ Sources: Oehmcke et al. 2020, doi:10.1145/3423336.3429345 (equations 1 to 4); th
 local error are ours.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.estimates import CONTEXT, ESTIMATES
+from pipeline.models.activation import Mish, mish
 from pipeline.models.batch import Batch, Completed, Model, ModelConfig
 from pipeline.models.doubt import Doubt, middle_look
 from pipeline.models.kriging import Kriging, Residual, closed_series
+
+type Answer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 LIMIT = 8.0
 """Deviations beyond this many sigmas are cut before the network sees them."""
@@ -35,8 +38,8 @@ class CompactConfig(ModelConfig):
     """The compact network."""
 
     name: Literal["compact"] = "compact"
-    patch_px: int = Field(128, ge=32, description="side of a patch at inference, pixels")
-    stride_px: int = Field(96, ge=16, description="from patch to patch, pixels")
+    patch_px: int = Field(256, ge=32, description="side of a patch at inference, pixels")
+    stride_px: int = Field(176, ge=16, description="from patch to patch, pixels")
     border_px: int = Field(8, ge=0, description="outermost pixels of a patch that are not used")
     kriging: bool = Field(True, description="carry what the fit leaves over into the gap")
     keys: int = Field(1024, ge=16, description="most clear pixels that speak in a patch")
@@ -85,21 +88,35 @@ class Compact(Model):
         z = ((members - batch.prior[:, None]) / batch.scale[:, None]).clamp(-LIMIT, LIMIT)
         facts = _facts(batch, z, left, about)
         z = z.movedim(2, 1).flatten(0, 1)  # (B*C, M, H, W)
-        x, abstract, shares = z[:, -1:], None, None  # the kriging; without it, the prior
-        if self.gate is not None:
-            opening = left.repeat_interleave(batch.prior.shape[1], dim=0) if self.config.yields else None
-            x, abstract, shares = self.gate(z, facts, opening)
-        image, sigma = x, None
-        if self.fusion is not None:
-            out = self.fusion(torch.cat([facts, x, *([] if abstract is None else [abstract])], dim=1))
-            image = x + self.gamma * out[:, :1] if self.config.fusion else x
-            sigma = torch.exp(out[:, 1:].clamp(-4.0, 4.0)) if self.config.sigma else None
+        opening = left.repeat_interleave(batch.prior.shape[1], dim=0) if self.config.yields else None
+        if torch.is_grad_enabled() or z.device.type != "cpu":
+            x, image, sigma, shares = self._chosen(z, facts, opening)
+        else:  # a band at a time: they share nothing from here on, and memory is that of one
+            bands = [slice(n, n + 1) for n in range(len(z))]
+            parts = [self._chosen(z[n], facts[n], None if opening is None else opening[n]) for n in bands]
+            joined = (None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True))
+            x, image, sigma, shares = cast(Answer, tuple(joined))
         return Completed(
             image=batch.prior + batch.scale * image.view(shape),
             aggregate=batch.prior + batch.scale * x.view(shape),
             weights=self._look_shares(batch, shares) if with_weights and shares is not None else None,
             sigma=None if sigma is None else batch.scale * sigma.view(shape),
         )
+
+    def patch_bytes(self, looks: int, bands: int) -> float:
+        """See ``Model``: the bands go through gate and U-Net one by one, and the kriging answers some pixels at a time."""
+        return 4.0 * self.config.patch_px**2 * (looks * (2 * bands + 10) + 30 * bands + 900)
+
+    def _chosen(self, z: Tensor, facts: Tensor, opening: Tensor | None) -> Answer:
+        """X, the image and its sigma (N, 1, H, W) in units of the prior's, and the shares in X (N, M, H, W)."""
+        x, abstract, shares = z[:, -1:], None, None  # the kriging; without it, the prior
+        if self.gate is not None:
+            x, abstract, shares = self.gate(z, facts, opening)
+        if self.fusion is None:
+            return x, x, None, shares
+        out = self.fusion(torch.cat([facts, x, *([] if abstract is None else [abstract])], dim=1))
+        image = x + self.gamma * out[:, :1] if self.config.fusion else x
+        return x, image, torch.exp(out[:, 1:].clamp(-4.0, 4.0)) if self.config.sigma else None, shares
 
     def _estimates(self, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(B, K+1, C, H, W) with the kriging as the last, what it leaves unexplained (B, 1, H, W), further facts."""
@@ -182,25 +199,26 @@ class Gate(nn.Module):
 
     def __init__(self, facts: int, members: int, *, abstract: int, local: bool, hidden: int = 16) -> None:
         super().__init__()
-        self.common = nn.Sequential(nn.Conv2d(facts, hidden, 3, padding=1), nn.Mish(), nn.Conv2d(hidden, hidden, 1))
+        self.common = nn.Sequential(nn.Conv2d(facts, hidden, 3, padding=1), Mish(), nn.Conv2d(hidden, hidden, 1))
         self.own = nn.Conv2d(2, hidden, 1)
         self.kind = nn.Parameter(torch.randn(members, hidden) * 0.2)
         self.weigh = nn.Conv2d(hidden, 1, 1)
         self.alpha = nn.Parameter(torch.zeros(()))
         self.abstract = nn.Conv2d(hidden, abstract, 1) if abstract else None
-        self.opens = nn.Sequential(nn.Mish(), nn.Conv2d(hidden, 1, 1), nn.Sigmoid()) if local else None
+        self.opens = nn.Sequential(Mish(), nn.Conv2d(hidden, 1, 1), nn.Sigmoid()) if local else None
 
     def forward(self, z: Tensor, facts: Tensor, opening: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """X (N, 1, H, W) in sigmas from the prior, abstract features (N, A, H, W), shares in X (N, M, H, W)."""
-        n, m, h, w = z.shape
         seen = self.common(facts)
-        common = seen[:, None]
-        own = self.own(torch.stack([z, z.abs()], dim=2).flatten(0, 1)).view(n, m, -1, h, w)
-        hidden = functional.mish(common + own + self.kind[None, :, :, None, None]).flatten(0, 1)
-        shares = self.weigh(hidden).view(n, m, h, w).softmax(dim=1)
-        features = None
-        if self.abstract is not None:
-            features = self.abstract(hidden).view(n, m, -1, h, w).amax(dim=1)
+        weights, features = [], None
+        for one, kind in zip(z.unbind(dim=1), self.kind, strict=True):  # one at a time stays in the cache
+            own = self.own(torch.stack([one, one.abs()], dim=1))
+            hidden = mish(own.add_(seen).add_(kind[:, None, None]))
+            weights.append(self.weigh(hidden))
+            if self.abstract is not None:
+                told = self.abstract(hidden)
+                features = told if features is None else torch.maximum(features, told)
+        shares = torch.cat(weights, dim=1).softmax(dim=1)
         start = z[:, -1:]
         alpha = self.alpha if self.opens is None else self.alpha * self.opens(seen)
         alpha = alpha if opening is None else alpha * opening
@@ -236,7 +254,7 @@ class UNet(nn.Module):
 def _pair(inputs: int, outputs: int, *, dilation: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, padding_mode="replicate"),
-        nn.Mish(),
+        Mish(),
         nn.Conv2d(outputs, outputs, 3, padding=1, padding_mode="replicate"),
-        nn.Mish(),
+        Mish(),
     )

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 LEAST_SHARE = 0.3
 """A date serves where it is clear on more than this share of the patch."""
+POINTS_AT_ONCE = 1024
+"""Pixels answered at a time where no gradient comes back, so that their likeness to the keys stays in the cache."""
 TEXTURE_FLOOR = 3e-3
 """Reflectance added to a date's contrast, so that a date without any says nothing."""
 
@@ -51,6 +53,10 @@ class _Solved:
 
         The latter is what that key alone explains: a cheap lower bound of what all keys explain.
         """
+        if not torch.is_grad_enabled() and points.shape[1] > POINTS_AT_ONCE:
+            parts = [self.at(part) for part in torch.split(points, POINTS_AT_ONCE, dim=1)]
+            said, alike = zip(*parts, strict=True)
+            return torch.cat(said, dim=1), torch.cat(alike, dim=1)
         across = self.model._kernel(points, self.keys) * self.there[:, None]
         return across @ self.says, across.amax(dim=2, keepdim=True) ** 2
 
@@ -142,14 +148,10 @@ class Kriging(nn.Module):
 
     def _kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """(B, N, M) between points (B, N, 2 + F) and (B, M, 2 + F)."""
-        mixture = self.mixture.softmax(dim=0)
-        total: Tensor | None = None
-        for k in range(2):
-            lengths = torch.cat([self.log_space[k].expand(2), self.log_series[k].expand(a.shape[-1] - 2)])
-            part = _laplace(_squared(a * (-lengths).exp(), b * (-lengths).exp()), mixture[k])
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        near, alike = _squared(a[..., :2], b[..., :2]), _squared(a[..., 2:], b[..., 2:])
+        mixture, space, series = self.mixture.softmax(dim=0), (-2 * self.log_space).exp(), (-2 * self.log_series).exp()
+        first, second = (_laplace(near * space[k] + alike * series[k], mixture[k]) for k in range(2))
+        return first + second if first.requires_grad else first.add_(second)
 
     def date_weights(self, days: Tensor, share: Tensor) -> Tensor:
         """(B, D) weights of dates from days to the target (B, D) and their clear share (B, D)."""
@@ -211,22 +213,22 @@ def closed_series(looks: Tensor, clear: Tensor, days: Tensor, most: int) -> tupl
     looks, clear = _pick(looks, order), _pick(clear, order) > 0
     days = torch.gather(days, 1, order)
     t = looks.shape[1]
+    looked = (clear.any(dim=1, keepdim=True)).float()
+    seen = clear.float().sum(dim=(2, 3, 4)) / looked.sum(dim=(2, 3, 4)).clamp_min(1.0)  # (B, T)
+    worth = torch.where(seen > LEAST_SHARE, days.abs(), days.abs() + 1e6)
+    best = torch.argsort(worth, dim=1, stable=True)[:, :most].sort(dim=1).values
     steps = torch.arange(t, device=looks.device)[None, :, None, None, None]
-    before = torch.where(clear, steps, -1).cummax(dim=1).values
-    after = torch.where(clear, steps, t).flip(1).cummin(dim=1).values.flip(1)
+    before = _pick(torch.where(clear, steps, -1).cummax(dim=1).values, best)
+    after = _pick(torch.where(clear, steps, t).flip(1).cummin(dim=1).values.flip(1), best)
     early, late = before.clamp_min(0), after.clamp_max(t - 1)
     early, late = torch.where(before < 0, late, early), torch.where(after >= t, early, late)
     clock = days[:, :, None, None, None].expand(-1, -1, 1, *looks.shape[3:])
     first, second = clock.gather(1, early), clock.gather(1, late)
-    share = ((clock - first) / (second - first).clamp_min(0.5)).clamp(0.0, 1.0)
-    values = looks.gather(1, early.expand_as(looks))
-    values = values + (looks.gather(1, late.expand_as(looks)) - values) * share
-    looked = (clear.any(dim=1, keepdim=True)).float()
-    seen = clear.float().sum(dim=(2, 3, 4)) / looked.sum(dim=(2, 3, 4)).clamp_min(1.0)  # (B, T)
-    worth = torch.where(seen > LEAST_SHARE, days.abs(), days.abs() + 1e6)
-    best = torch.argsort(worth, dim=1, stable=True)[:, :most]
-    best = best.sort(dim=1).values
-    values, days, seen = _pick(values, best), torch.gather(days, 1, best), torch.gather(seen, 1, best)
+    days, seen = torch.gather(days, 1, best), torch.gather(seen, 1, best)
+    share = ((days[:, :, None, None, None] - first) / (second - first).clamp_min(0.5)).clamp(0.0, 1.0)
+    wide = (-1, -1, looks.shape[2], -1, -1)
+    values = looks.gather(1, early.expand(wide))
+    values = values + (looks.gather(1, late.expand(wide)) - values) * share
     count = looked.sum(dim=(3, 4), keepdim=True).clamp_min(1.0)
     mean = (values * looked).sum(dim=(3, 4), keepdim=True) / count
     centred = (values - mean) * looked
