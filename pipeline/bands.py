@@ -97,9 +97,7 @@ def complete_looks(*, codes: NDArray[np.uint16], clear: NDArray[np.bool_]) -> ND
     """``clear`` (T, H, W) without the looks that lack a band in ``codes`` (T, B, H, W); itself where none does."""
     complete = clear
     has_data = np.empty(clear.shape[1:], bool)
-    for t, looks in enumerate(
-        clear
-    ):  # look by look keeps the temporaries small, and those that show nothing cost nothing
+    for t, looks in enumerate(clear):  # one by one: small temporaries, and a look that shows nothing costs nothing
         if not looks.any():
             continue
         full = looks.copy()

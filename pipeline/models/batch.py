@@ -121,7 +121,7 @@ class Model(nn.Module, ABC):
     config: ModelConfig
 
     def patch_bytes(self, looks: int, bands: int) -> float:
-        """Bytes that one patch of so many looks takes at the peak, on a CPU; a network that measured it tells better."""
+        """Bytes that one patch of so many looks takes at the peak on a CPU; a network that measured it tells better."""
         return 4.0 * self.config.patch_px**2 * looks * (2 * bands + FEATURES)
 
     @abstractmethod

@@ -104,7 +104,7 @@ class Compact(Model):
         )
 
     def patch_bytes(self, looks: int, bands: int) -> float:
-        """See ``Model``: the bands go through gate and U-Net one by one, and the kriging answers some pixels at a time."""
+        """See ``Model``: bands go through gate and U-Net one by one, and the kriging answers some pixels at a time."""
         return 4.0 * self.config.patch_px**2 * (looks * (2 * bands + 10) + 30 * bands + 900)
 
     def _chosen(self, z: Tensor, facts: Tensor, opening: Tensor | None) -> Answer:
