@@ -19,9 +19,9 @@ Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 Codes = NDArray[np.uint16]
 
-ESTIMATES: Final = ("fit", "linear", "decay", "previous", "next", "kalman")
+ESTIMATES: Final = ("fit", "linear", "decay", "previous", "next")
 """Further estimates, in order: the regression before its residual (on clear pixels too), linear interpolation and decay
-mean in time, the clear looks before and after the target, the filter in time; where one is missing, the prior."""
+mean in time, the clear looks before and after the target; the prior where one of them is missing."""
 CONTEXT: Final = ("distance", "fitted", "days_previous", "days_next", "looks", "spread")
 """Per-pixel facts, in order: signed distance to the edge of the gap (units of ``FAR_PX``; above 0 inside the gap, below
 on the target's clear pixels, at most 1), 1 where the fit spoke, days to the clear looks before and after (units of 30
@@ -111,12 +111,12 @@ def estimate(target: Target, *, core: tuple[slice, slice] | None = None) -> Esti
         _look_beside(codes, rest, days, day, past=False),
     )
     known, fit = np.zeros(usable.shape[1:], bool), np.full(line.codes.shape, np.nan, np.float32)
-    inside = np.zeros(known.shape, bool)
-    inside[core or ...] = True
-    between = kalman.interpolate(
-        codes=codes, clear=rest, days=days, target=day, row0=target.row0, col0=target.col0, within=inside
-    )
     if anchor is None:
+        inside = np.zeros(known.shape, bool)
+        inside[core or ...] = True
+        between = kalman.interpolate(
+            codes=codes, clear=rest, days=days, target=day, row0=target.row0, col0=target.col0, within=inside
+        )
         filled, sigma, dates = between.codes, between.sigma, between.source_date
     else:
         done = completion.complete(
@@ -137,9 +137,8 @@ def estimate(target: Target, *, core: tuple[slice, slice] | None = None) -> Esti
     unsure = np.where(swing > 0, np.float32(0.5) * swing + np.float32(0.005), UNKNOWN_SCALE)
     scale = np.where(np.isfinite(sigma), sigma * np.float32(CODE_SCALE), unsure)
     others = [(np.nan_to_num(fit, nan=0.0) - CODE_OFFSET) * np.float32(CODE_SCALE) * fitted]
-    in_time = (line.codes, mean.codes, before[0], after[0], between.codes)
-    others += [_reflectance(each) for each in in_time]
-    there = [fitted] + [each[0] != 0 for each in in_time]
+    others += [_reflectance(each) for each in (line.codes, mean.codes, before[0], after[0])]
+    there = [fitted] + [each[0] != 0 for each in (line.codes, mean.codes, before[0], after[0])]
     return Estimates(
         prior=prior,
         has_prior=filled[0] != 0,

@@ -53,16 +53,18 @@ def _run(model, codes, clear, **more):
     return complete(Target(codes, clear, DAYS, int(DAYS[ANCHOR]), ANCHOR, **place), model=model, **more)
 
 
-def test_the_lattice_leaves_no_seam(compact):
-    """Shifted by half a patch the picture stays within 3e-3 in a gap wider than a patch, and edges do not show."""
+@pytest.mark.parametrize("name", ["compact", "robust"])
+def test_the_lattice_leaves_no_seam(name):
+    """Shifted by half a patch the picture stays within 1e-3 in a gap of 220 x 220 px, and edges do not show."""
+    model = load_model(name)
     truth, codes, clear = _scene()
     clear[ANCHOR, 40:260, 30:250] = False
-    usual = lattice_of(compact)
+    usual = lattice_of(model)
     moved = replace(usual, shift_px=usual.patch_px // 2)
-    one, other = _run(compact, codes, clear), _run(compact, codes, clear, lattice=moved)
+    one, other = _run(model, codes, clear), _run(model, codes, clear, lattice=moved)
     gap = ~clear[ANCHOR] & clear.any(axis=0)
     difference = (one.codes.astype(float) - other.codes)[:, gap] / 1e4
-    assert np.sqrt((difference**2).mean()) < 3e-3  # asked: 1e-3; compact 0.0024, see the notes
+    assert np.sqrt((difference**2).mean()) < 1e-3  # 0.0008 and 0.0006
     error = one.codes.astype(float) - truth[ANCHOR]  # the ground's own edges are not the lattice's
     steps = np.abs(np.diff(error, axis=1))[:, 45:255, 35:245].mean(axis=(0, 2))
     rows = np.arange(45, 255) + 1 + 40

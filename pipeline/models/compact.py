@@ -30,7 +30,7 @@ type Answer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 LIMIT = 8.0
 """Deviations beyond this many sigmas are cut before the network sees them."""
-_FIT, _KALMAN = ESTIMATES.index("fit"), ESTIMATES.index("kalman")
+_FIT = ESTIMATES.index("fit")
 _DISTANCE, _FITTED = CONTEXT.index("distance"), CONTEXT.index("fitted")
 
 
@@ -49,7 +49,6 @@ class CompactConfig(ModelConfig):
     )
     dates: int = Field(14, ge=1, description="most dates compared by the kernel")
     doubt: bool = Field(False, description="clear pixels that look like missed cloud or shadow say less")
-    kalman: bool = Field(False, description="the filter in time among the estimates")
     middle: bool = Field(False, description="the middle of the looks, levelled to the target, among the estimates")
     gate: bool = Field(True, description="choose among the estimates; else X is the kriging or the prior")
     local: bool = Field(False, description="the gate opens pixel by pixel, not everywhere alike")
@@ -68,8 +67,7 @@ class Compact(Model):
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
         self.config = config
-        taken = ESTIMATES if config.kalman else ESTIMATES[:_KALMAN]
-        self.members = ("prior", *taken, *(["middle"] if config.middle else []), "kriging")
+        self.members = ("prior", *ESTIMATES, *(["middle"] if config.middle else []), "kriging")
         self.kriging = Kriging(dates=config.dates) if config.kriging else None
         self.doubt = Doubt() if config.doubt else None
         channels = 2 * (len(self.members) - 1) + len(CONTEXT) + 5 + config.middle
@@ -145,8 +143,7 @@ class Compact(Model):
                 learned_at=self.config.learned_at if self.training else None,
             )
             kriged, left = torch.where(gap > 0, fit + correction, batch.prior), left * (1.0 - batch.known)
-        taken = batch.estimates if self.config.kalman else batch.estimates[:, :_KALMAN]
-        return torch.cat([taken, *(m[:, None] for m in (*more, kriged))], dim=1), left, about
+        return torch.cat([batch.estimates, *(m[:, None] for m in (*more, kriged))], dim=1), left, about
 
     def _look_shares(self, batch: Batch, shares: Tensor) -> Tensor:
         """(B, T, C, H, W): the shares of the looks just before and after the target, at their steps."""

@@ -10,7 +10,7 @@ from pipeline import models
 from pipeline.models import weights
 
 
-def changed(source: Path, out: Path, **options: bool) -> None:
+def changed(source: Path, out: Path, **options: bool | int) -> None:
     """The same weights in a network with other options."""
     model = weights.load_model(str(source))
     other = models.build(model.config.model_copy(update=options))
