@@ -90,7 +90,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
-            f"{what}: there is no file {path}; give the path of a {what} YAML, or try `cloudgate demo` first"
+            f"{what}: there is no file {path}; give the path of its YAML file, or try `cloudgate demo` first"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"{what} {path}: not readable as YAML: {error}") from error
