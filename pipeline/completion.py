@@ -54,8 +54,11 @@ def complete(
     between = kalman.interpolate(**looks, clear=rest, target=day, core=part, within=weak[part])
     line = composite.linear(codes=codes[:, :, *part], clear=rest[:, *part], days=days, target=day).codes
     weight = np.where(weak[part], 1 - filled.evidence[part] / FULL_EVIDENCE, np.float32(0))
-    moved = filled.codes[:, *part] + weight * (between.codes.astype(np.float32) - line)
-    np.copyto(filled.codes[:, *part], np.clip(np.rint(moved), 1, 65534).astype(np.uint16), where=weak[part])
+    step = weight * (between.codes.astype(np.float32) - line)
+    moved = np.clip(np.rint(filled.codes[:, *part] + step), 1, 65534).astype(np.uint16)
+    np.copyto(filled.codes[:, *part], moved, where=weak[part])
+    if filled.fit is not None:  # whoever corrects the fit starts from the same
+        filled.fit[:, *part] += step
     sigma = filled.sigma[:, *part]
     sigma += weight * np.where(np.isfinite(between.sigma), between.sigma - sigma, np.float32(0))
     return filled

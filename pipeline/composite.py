@@ -148,8 +148,6 @@ METHODS: Final[dict[str, Callable[..., Composed]]] = {
     "linear": linear,
     "decay": decay,
 }
-# These show a date: the anchor's clear pixels are passed through. The others show a span.
-SHOWS_DATE: Final = frozenset({"nearest", "linear"})
 
 
 def clear_count(clear: NDArray[np.bool_]) -> NDArray[np.uint16]:

@@ -27,6 +27,8 @@ CONTEXT: Final = ("distance", "fitted", "days_previous", "days_next", "looks", "
 on the target's clear pixels, at most 1), 1 where the fit spoke, days to the clear looks before and after (units of 30
 days, at most 4; 4 = none), clear looks (logarithm of 1 + count), standard deviation of the looks over time
 (reflectance)."""
+VERSION: Final = 2
+"""Raised when the same looks give other estimates; samples of another version are not trained on."""
 FAR_PX: Final = 64
 MOST_DAYS: Final = 120.0
 LEAST_SCALE: Final = np.float32(1e-3)
@@ -75,7 +77,8 @@ class Estimates:
         context: (G, B, H, W) float32 in the order of ``CONTEXT``.
         source_date: (H, W) int32 days since 1970-01-01 of the nearest clear look used, 0 = none.
         codes: (B, H, W) uint16 codes of the prior, bit-exact where observed; 0 = no data.
-        sigma: (B, H, W) float32 codes, one sigma as the regression gives it, NaN where it gives none.
+        sigma: (B, H, W) float32 codes, one sigma as the completion gives it, without an anchor the filter in time; NaN
+            where they give none.
     """
 
     prior: Float32

@@ -1,9 +1,9 @@
 """In: the looks of a block as codes. Out: what they say of one day that none of them shows, with one sigma.
 
 Each pixel goes through the season as a Gaussian process about its own mean, seen with noise; a Kalman filter comes from
-both ends of the series to the day that is asked for, date by date, so memory does not grow with the dates. How noisy a
-date is (haze, gain, what its mask missed) is learnt nearby: from how far it lies from what the other dates say of it.
-Linear interpolation is led by two looks and all of their noise, a weighted mean lags behind what grows.
+both ends of the series to the day that is asked for, date by date. How noisy a date is (haze, gain, what its mask
+missed) is learnt nearby: from how far it lies from what the other dates say of it. Linear interpolation is led by two
+looks and all of their noise, a weighted mean lags behind what grows.
 
 Pure numpy, eager; a pixel depends on the same acquisitions wherever blocks are cut and on nothing farther than
 ``HALO_PX``. Codes are uint16 (reflectance * 10000 + 1000, 0 = no data).

@@ -146,7 +146,7 @@ def compose(
     Returns:
         Dataset with dims ``(y, x)``, Dask-backed: one float32 reflectance per band (NaN = no data), ``clear_count``
         uint16, ``source_date`` datetime64 (NaT = none), ``flags`` uint16, and ``uncertainty_<band>`` float32 for
-        regression and timegate.
+        kalman, regression and timegate.
 
     Raises:
         ConfigError: for an unknown method or option, or a target that is no date.
@@ -205,7 +205,7 @@ def compose(
 def fill_series(
     *, cube: xr.Dataset, clouds: xr.Dataset, window_days: int | None = None, **options: Any
 ) -> xr.DataArray:
-    """Every acquisition of a cube completed by regression: a gap-free series, lazily.
+    """Every acquisition of a cube completed as by the method regression: a gap-free series, lazily.
 
     Args:
         cube: from ``open_cube``.

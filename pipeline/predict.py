@@ -144,7 +144,7 @@ def complete(
     with _gpu if device.type == "cuda" else one_thread():
         for place, answer in _run(spots, source, call, device, patch_batch, out.notes):
             canvas.add(place, answer)
-    canvas.finish(has_scale=anchor is not None)
+    canvas.finish()
     return out
 
 
@@ -303,14 +303,14 @@ class _Canvas:
             np.copyto(self.heaviest[rows, cols], weight, where=ahead)
             np.copyto(self.out.source_date[rows, cols], dates, where=ahead & self.wanted[rows, cols])
 
-    def finish(self, *, has_scale: bool) -> None:
-        """Blended answers to codes where they are wanted; ``has_scale``: the prior's sigma is worth telling."""
+    def finish(self) -> None:
+        """Blended answers to codes where they are wanted, with the model's sigma or, where it has one, the prior's."""
         out, whole = self.out, (slice(0, self.wanted.shape[0]), slice(0, self.wanted.shape[1]))
         wanted = self.wanted & (self._around(self.source.about.codes, *whole)[0] != 0)
         out.doubtful &= wanted
         np.copyto(out.codes, to_codes(self.image), where=wanted)
-        if self.has_sigma or has_scale:
-            np.copyto(out.sigma, self.sigma / np.float32(CODE_SCALE), where=wanted)
+        told = wanted if self.has_sigma else wanted & np.isfinite(self._around(self.source.about.sigma, *whole))
+        np.copyto(out.sigma, self.sigma / np.float32(CODE_SCALE), where=told)
         nearest = self._around(self.source.about.source_date, *whole)
         np.copyto(out.source_date, nearest, where=wanted & (out.source_date == 0))
 

@@ -107,7 +107,7 @@ def _about(training: Training) -> dict[str, Any]:
     asked = json.loads(training.model_dump_json(include={"bands", "seed", "sources", "cases"}))
     for source in asked["sources"]:
         del source["weight"]  # how often a sample serves is not what it is
-    known = {"estimates": list(estimates.ESTIMATES), "context": list(estimates.CONTEXT)}
+    known = {"estimates": list(estimates.ESTIMATES), "context": list(estimates.CONTEXT), "version": estimates.VERSION}
     return {"layout": LAYOUT, **asked, **known}
 
 

@@ -43,7 +43,7 @@ class Filled:
     source_date: Int32
     """``(H, W)`` days since 1970-01-01: own day where observed, else of the nearest clear look; 0 = none."""
     evidence: Float32
-    """``(H, W)`` 0 to 1, how much clear pixels of the anchor decide; 0 = plain linear, 1 = observed."""
+    """``(H, W)`` 0 to 1, how much clear pixels of the anchor decide in a gap; 0 = plain linear. 1 elsewhere."""
     fit: Float32 | None = None
     """``(B, H, W)`` codes, what the fit says before any residual, on clear pixels too; NaN beyond its cells."""
 

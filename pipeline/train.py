@@ -312,6 +312,11 @@ def _checked_store(training: Training) -> Store:
             f"store: {training.store} was prepared with other cases; name another store, or start over with "
             "`cloudgate train --prepare --restart`"
         )
+    if store.about.get("version") != estimates.VERSION:
+        raise StoreMismatchError(
+            f"store: {training.store} holds estimates of version {store.about.get('version', 1)}, and this program "
+            f"gives {estimates.VERSION}; prepare it again with `cloudgate train --prepare --restart`"
+        )
     for name, now in (("estimates", estimates.ESTIMATES), ("context", estimates.CONTEXT)):
         if tuple(store.about[name]) != now:
             raise StoreMismatchError(

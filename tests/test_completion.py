@@ -44,12 +44,14 @@ def test_in_the_middle_of_a_wide_cloud_it_is_the_filter_and_it_goes_over_without
     clear[ANCHOR, :, 100:] = False
     clear[ANCHOR, :, :100] = True
     f = Field(f.truth, f.codes, clear, f.days)
-    made, plain = complete(**looks_of(f), anchor=ANCHOR), regression.fill_acquisition(**looks_of(f), anchor=ANCHOR)
+    made = complete(**looks_of(f), anchor=ANCHOR, with_fit=True)
+    plain = regression.fill_acquisition(**looks_of(f), anchor=ANCHOR)
     alone, looked = between(f), made.codes[0] != 0
     far = (plain.evidence == 0) & looked
     assert far[:, 400:].mean() > 0.9
     assert np.abs(made.codes[:, far].astype(int) - alone.codes[:, far]).max() <= 1  # the rounding of linear
     np.testing.assert_allclose(made.sigma[:, far], alone.sigma[:, far], rtol=1e-3)
+    assert np.abs(made.fit[:, far] - alone.codes[:, far]).max() <= 1  # what a network corrects
     near = (plain.evidence >= FULL_EVIDENCE) & looked
     np.testing.assert_array_equal(made.codes[:, near], plain.codes[:, near])
     # what is added to the regression grows from nothing to all over the width of a node's way to the next

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_network import TinyNet, tiny
 
-from pipeline import predict
+from pipeline import kalman, predict
 from pipeline.bands import to_codes, to_reflectance
 from pipeline.errors import ConfigError, RunError
 from pipeline.estimates import CONTEXT, Target
@@ -171,7 +171,8 @@ def test_a_date_that_shows_nothing_is_predicted():
     assert {float(d) for d in model.seen[0].days[0]} <= {float(d) for d in DAYS - target}
     assert (model.seen[0].known == 0).all()
     bare = run(codes, clear, model=tiny(sigma=False), anchor=None, target=target)
-    assert np.isnan(bare.sigma).all()  # interpolation claims no error of its own
+    between = kalman.interpolate(codes=codes, clear=clear, days=DAYS, target=target, row0=1000, col0=-3000)
+    np.testing.assert_allclose(bare.sigma, np.where(seen, between.sigma, np.nan), rtol=1e-5)  # the prior's own
 
 
 class Broken(TinyNet):

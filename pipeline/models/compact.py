@@ -103,7 +103,9 @@ class Compact(Model):
 
     def patch_bytes(self, looks: int, bands: int) -> float:
         """See ``Model``: bands go through gate and U-Net one by one, and the kriging answers some pixels at a time."""
-        return 4.0 * self.config.patch_px**2 * (looks * (2 * bands + 10) + 30 * bands + 900)
+        return (
+            4.0 * self.config.patch_px**2 * (looks * ((5 if self.config.middle else 2) * bands + 10) + 30 * bands + 900)
+        )
 
     def _chosen(self, z: Tensor, facts: Tensor, opening: Tensor | None) -> Answer:
         """X, the image and its sigma (N, 1, H, W) in units of the prior's, and the shares in X (N, M, H, W)."""
