@@ -14,6 +14,7 @@ doi:10.1109/TAC.1969.1099196 (two filters that meet); Rasmussen & Williams 2006,
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import product
 from typing import Final
@@ -181,8 +182,8 @@ class _State:
 
     def mirrored(self) -> "_State":
         """The same, seen with time running the other way."""
-        out = _State.__new__(_State)
-        out.value, out.slope, out.vv, out.vs, out.ss = self.value, -self.slope, self.vv, -self.vs, self.ss
+        out = copy(self)
+        out.slope, out.vs = -self.slope, -self.vs
         return out
 
 
@@ -275,9 +276,7 @@ def _misses(looks: _Looks) -> Iterator[tuple[int, Int64, Int64, Flags]]:
     for t in range(len(looks.days)):
         if t:
             state.go(float(looks.days[t] - looks.days[t - 1]))
-        kept = _State.__new__(_State)
-        kept.__dict__.update(state.__dict__)
-        before.append(kept)
+        before.append(copy(state))  # its arrays are replaced, never changed
         state.see(looks.off(t), looks.clear[t], usual)
     state = _State(looks.middle.shape)
     others = looks.clear.sum(axis=0) > 1
