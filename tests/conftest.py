@@ -1,6 +1,7 @@
 """What many tests share: the folder of real data, one small simulated region, one cluster of worker processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,10 @@ import view_stores
 
 from pipeline.cluster import connect
 from pipeline.config import Cluster
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # tests begun in the background of a script: programs that a test starts and interrupts would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = ("notebooks", "demo", "chaos", "learned", "mosaic", "stores", "train", "faults", "store_faults")
 """Files that take long: begun last, they would leave one of two processes idle at the end."""
