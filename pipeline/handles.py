@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Literal
 
 import rasterio
@@ -21,6 +21,7 @@ import rasterio.cache
 from rasterio._err import CPLE_BaseError
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
+from rasterio.session import DummySession
 
 from pipeline.errors import ReadError
 from pipeline.profiles import Profile
@@ -68,6 +69,15 @@ def gdal_settings(profile: Profile | None) -> dict[str, str]:
     """
     settings = {key: value for key, value in DEFAULTS.items() if key not in os.environ}
     return {**settings, **profile.gdal, **auth_settings(profile.auth)} if profile else settings
+
+
+def gdal_env(settings: Mapping[str, object]) -> rasterio.Env:
+    """Settings for the reads inside; credentials are GDAL's own business.
+
+    With keys of AWS in the environment rasterio would make a session of boto3 for every read, of any file: some 10 ms
+    each, to tell GDAL what it finds there by itself.
+    """
+    return rasterio.Env(session=DummySession(), **settings)
 
 
 def is_remote(href: str) -> bool:
@@ -185,7 +195,7 @@ _believed: Final[set[str]] = set()
 
 def bound_block_cache(size_bytes: int = BLOCK_CACHE_BYTES) -> None:
     """Bound GDAL's cache of decoded blocks for this process (its default is 5 % of the machine's memory)."""
-    with rasterio.Env(GDAL_CACHEMAX=size_bytes):
+    with gdal_env({"GDAL_CACHEMAX": size_bytes}):
         _bounded.set()
 
 
@@ -228,7 +238,7 @@ def with_dataset[T](
                 believe = source.agree or href in _believed
                 with (
                     relayed(source) as address,
-                    rasterio.Env(**{**settings, **RELAYED}),
+                    gdal_env({**settings, **RELAYED}),
                     _open(address, level) as dataset,
                 ):
                     _check_header(dataset, href, None if believe else expect)
@@ -236,7 +246,7 @@ def with_dataset[T](
                     if source.agree and expect and not expect(dataset):
                         _believed.add(href)
                     return result
-            with rasterio.Env(**settings):
+            with gdal_env(settings):
                 # After a fault only a fresh dataset will do: others that are idle may hold the same stale token.
                 first = attempt == 1 and refused is None
                 address, idle = (HANDLES.take(href, level) if first else None) or ("", None)
@@ -258,7 +268,7 @@ def with_dataset[T](
         if source is not None and source.gave_up is not None:
             raise source.gave_up
         fault = classify(said, remote=is_remote(href))
-        with rasterio.Env(**settings):
+        with gdal_env(settings):
             _forget(address, href)
         if fault == "forbidden" and refused is None:
             refused = address  # once: a token may have run out since the dataset was opened
