@@ -64,7 +64,7 @@ Fault = Literal["transient", "permanent", "forbidden"]
 def gdal_settings(profile: Profile | None) -> dict[str, str]:
     """GDAL settings for reads: our defaults, then the environment's own, then the profile's, then its credentials.
 
-    Returned values may hold credentials from the environment: apply them with ``rasterio.Env`` in the reading thread,
+    Returned values may hold credentials from the environment: apply them with ``gdal_env`` in the reading thread,
     never store them.
     """
     settings = {key: value for key, value in DEFAULTS.items() if key not in os.environ}
@@ -74,7 +74,7 @@ def gdal_settings(profile: Profile | None) -> dict[str, str]:
 def gdal_env(settings: Mapping[str, object]) -> rasterio.Env:
     """Settings for the reads inside; credentials are GDAL's own business.
 
-    With keys of AWS in the environment rasterio would make a session of boto3 for every read, of any file: some 10 ms
+    With keys of AWS in the environment rasterio would make a session of boto3 for every read, of any file: some 15 ms
     each, to tell GDAL what it finds there by itself.
     """
     return rasterio.Env(session=DummySession(), **settings)
