@@ -56,8 +56,7 @@ def simulate(
         import yaml
 
         from pipeline.bands import check_bands
-        from pipeline.demo import demo_job
-        from pipeline.scenes import write_tile
+        from pipeline.scenes import job_fields, write_tile
 
         made = write_tile(
             out,
@@ -72,7 +71,7 @@ def simulate(
             block_px=block_px,
         )
         job = out / "job.yaml"
-        fields = demo_job(made, out) | {"name": f"simulated-{made.tiles[0]}", "bands": list(made.bands)}
+        fields = job_fields(made, out) | {"name": f"simulated-{made.tiles[0]}"}
         job.write_text(yaml.safe_dump(fields, sort_keys=False))
         if as_json:
             print_json(made.__dict__ | {"job": job})

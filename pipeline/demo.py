@@ -31,7 +31,7 @@ from pipeline.reader import close_handles
 from pipeline.records import RunFolder
 from pipeline.request import Request, acquisitions_of, recipe_of, resolve, survey
 from pipeline.runner import Progress, Silent
-from pipeline.scenes import DemoScenes, served_items, write_demo
+from pipeline.scenes import job_fields, served_items, write_demo
 from pipeline.scout import Scouted
 from pipeline.serve import RangeServer, StacServer
 from pipeline.tasks import compose_window
@@ -60,37 +60,6 @@ class DemoResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def demo_job(scenes: DemoScenes, folder: Path) -> dict[str, Any]:
-    """The job file of the demo, as a mapping; hrefs and store are relative to the file's folder."""
-    return {
-        "name": "demo",
-        "catalog": scenes.items.relative_to(folder).as_posix(),
-        "area": {"bbox": [round(v, 6) for v in _bbox(scenes)]},
-        "grid": {"crs": f"EPSG:{scenes.epsg}", "resolution_m": 10, "shard_px": 512},
-        "bands": list(BANDS),
-        "time": {"start": scenes.start.isoformat(), "end": scenes.end.isoformat()},
-        "target": scenes.target.isoformat(),
-        "method": {"name": "regression"},
-        "output": {"store": str(folder / "mosaic.zarr")},
-        "cluster": {"kind": "local", "workers": 2},
-    }
-
-
-def _bbox(scenes: DemoScenes) -> tuple[float, float, float, float]:
-    """Degrees of a box well inside the area both tiles cover together."""
-    height, width = scenes.size_px
-    grid = Grid(
-        f"EPSG:{scenes.epsg}",
-        10.0,
-        (0.0, 0.0),
-        -round(scenes.north_m / 10),
-        round(scenes.west_m / 10),
-        height,
-        width,
-    )
-    return grid.padded(-12).lonlat_bounds()
-
-
 def run_demo(out: Path, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:
     """Run the demo in a folder.
 
@@ -105,7 +74,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress | None = None) -> D
     marks = [time.perf_counter()]
     progress.say(f"simulating two MGRS tiles, 16 passes, under {out / 'scenes'}")
     scenes = write_demo(out / "scenes", seed=seed, bands=BANDS)
-    (out / "job.yaml").write_text(_job_text(demo_job(scenes, out)))
+    (out / "job.yaml").write_text(_job_text(job_fields(scenes, out)))
     marks.append(time.perf_counter())
     with RangeServer(scenes.items.parent) as files, tempfile.TemporaryDirectory() as folder:
         served = Path(folder) / "items.json"

@@ -13,10 +13,9 @@ lies in :mod:`pipeline.mask_blocks`.
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import dask.array as da
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 
 from pipeline.bands import temporal_bands
@@ -52,6 +51,10 @@ from pipeline.states import (
     state_from_scl,
 )
 from pipeline.temporal import bright_and_dark
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import xarray as xr
 
 __all__ = [
     "CLEAR",
@@ -112,11 +115,11 @@ def scene_fails(suspicious_share: float, *, max_share: float = 0.5) -> bool:
 
 def cloud_mask(
     *,
-    cube: xr.Dataset,
+    cube: "xr.Dataset",
     params: MaskParams | None = None,
     darkest_band: str | None = None,
     rejected: Sequence[bool] | None = None,
-) -> xr.Dataset:
+) -> "xr.Dataset":
     """Masks of a cube, lazy where the cube is lazy (nothing is computed here), eager on numpy.
 
     Args:
@@ -135,6 +138,9 @@ def cloud_mask(
     Raises:
         ConfigError: the cube lacks a variable, an attribute or the darkest band, or ``rejected`` is not one per time.
     """
+    import dask.array as da  # these two are half of the time it takes a worker to start, and no task needs them
+    import xarray as xr
+
     params = params or MaskParams()
     _check_cube(cube, darkest_band, params)
     resolution_m = float(cube.attrs["resolution_m"])
@@ -184,7 +190,7 @@ def reflectance_to_codes(reflectance: NDArray[np.float32]) -> Codes:
     return np.nan_to_num(codes, copy=False, nan=0).astype(np.uint16)
 
 
-def _check_cube(cube: xr.Dataset, darkest_band: str | None, params: MaskParams) -> None:
+def _check_cube(cube: "xr.Dataset", darkest_band: str | None, params: MaskParams) -> None:
     missing = [name for name in ("reflectance", "valid", "state") if name not in cube]
     if missing:
         raise ConfigError(f"cloud_mask: the cube lacks {missing}; make it with open_cube, which reads the mask too")
@@ -201,16 +207,19 @@ def _check_cube(cube: xr.Dataset, darkest_band: str | None, params: MaskParams) 
         )
 
 
-def _bits_on_grid(cube: xr.Dataset, resolution_m: float, params: MaskParams) -> State | da.Array:
+def _bits_on_grid(cube: "xr.Dataset", resolution_m: float, params: MaskParams) -> "State | da.Array":
     """Growth on the cells of the mask's own lattice, brought back to the grid; lazy if the state is."""
+    import dask.array as da
+
     state = cube["state"].transpose("time", "y", "x")
     factor, offset = int(state.attrs["factor"]), tuple(int(o) for o in state.attrs["offset"])
     cells, cell_m = state.data, factor * resolution_m
+    module: ModuleType = da if isinstance(cells, da.Array) else np
     # Whole slices from the lattice's own phase: chunk borders may lie anywhere, cells stay in phase.
     for axis, start in zip((1, 2), offset, strict=True):
         if start:
             first = cells[(slice(None),) * axis + (slice(0, 1),)]
-            cells = _module(cells).concatenate([_module(cells).repeat(first, start, axis=axis), cells], axis=axis)
+            cells = module.concatenate([module.repeat(first, start, axis=axis), cells], axis=axis)
         cells = cells[(slice(None),) * axis + (slice(None, None, factor),)]
     if isinstance(cells, da.Array):
         reach = int(halo_m(params.open_m, params.cloud_grow_m, params.shadow_grow_m) / cell_m + 1e-9)
@@ -226,10 +235,6 @@ def _bits_on_grid(cube: xr.Dataset, resolution_m: float, params: MaskParams) -> 
     else:
         grown = grown_bits(state=np.ascontiguousarray(cells), resolution_m=cell_m, params=params)
     for axis, start in zip((1, 2), offset, strict=True):
-        grown = _module(grown).repeat(grown, factor, axis=axis)
+        grown = module.repeat(grown, factor, axis=axis)
         grown = grown[(slice(None),) * axis + (slice(start, start + state.shape[axis]),)]
     return grown
-
-
-def _module(array: State | da.Array) -> ModuleType:
-    return da if isinstance(array, da.Array) else np

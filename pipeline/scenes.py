@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from pipeline.bands import to_codes
 from pipeline.errors import ConfigError
+from pipeline.grid import Grid
 from pipeline.phenology import SIM_BANDS, SceneParams
 from pipeline.scene_files import (
     EPOCH,
@@ -37,7 +38,16 @@ from pipeline.simulate import Region
 from pipeline.skies import Acquisition
 from pipeline.tiles import TILE_M, tile_origin
 
-__all__ = ["DemoScenes", "demo_passes", "demo_region", "served_items", "write_demo", "write_scenes", "write_tile"]
+__all__ = [
+    "DemoScenes",
+    "demo_passes",
+    "demo_region",
+    "job_fields",
+    "served_items",
+    "write_demo",
+    "write_scenes",
+    "write_tile",
+]
 
 STATE_CLEAR, STATE_CLOUD, STATE_SHADOW, STATE_NODATA = 0, 1, 2, 255
 
@@ -256,3 +266,34 @@ def _write_truth(region: Region, folder: Path, *, bands: Sequence[str], target: 
         "elevation": "decimetres above the sea",
     }
     (folder / "truth.json").write_text(json.dumps(notes, indent=1))
+
+
+def job_fields(scenes: DemoScenes, folder: Path) -> dict[str, Any]:
+    """A job that runs on these scenes, as a mapping; ``catalog`` is relative to ``folder``, where its file will lie."""
+    return {
+        "name": "demo",
+        "catalog": scenes.items.relative_to(folder).as_posix(),
+        "area": {"bbox": [round(v, 6) for v in _bbox(scenes)]},
+        "grid": {"crs": f"EPSG:{scenes.epsg}", "resolution_m": 10, "shard_px": 512},
+        "bands": list(scenes.bands),
+        "time": {"start": scenes.start.isoformat(), "end": scenes.end.isoformat()},
+        "target": scenes.target.isoformat(),
+        "method": {"name": "regression"},
+        "output": {"store": str(folder / "mosaic.zarr")},
+        "cluster": {"kind": "local", "workers": 2},
+    }
+
+
+def _bbox(scenes: DemoScenes) -> tuple[float, float, float, float]:
+    """Degrees of a box well inside the area both tiles cover together."""
+    height, width = scenes.size_px
+    grid = Grid(
+        f"EPSG:{scenes.epsg}",
+        10.0,
+        (0.0, 0.0),
+        -round(scenes.north_m / 10),
+        round(scenes.west_m / 10),
+        height,
+        width,
+    )
+    return grid.padded(-12).lonlat_bounds()

@@ -7,14 +7,17 @@ import sys
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from PIL import Image
 
 from pipeline import view_pixel, view_tiles
 from pipeline.errors import ConfigError
 from pipeline.view_server import MapServer
 from pipeline.view_store import ViewStore
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def serve(
@@ -87,7 +90,7 @@ class Explorer:
         shown = view_tiles.parse(layer or view_tiles.default_layer(opened), opened)
         return view_tiles.whole(opened, slot, shown, cut=cut)
 
-    def series(self, *, lon: float, lat: float, store: int = 0, period: int = -1) -> pd.DataFrame:
+    def series(self, *, lon: float, lat: float, store: int = 0, period: int = -1) -> "pd.DataFrame":
         """All looks of one pixel, read from the sources, one row each in order of time.
 
         Columns: ``state`` (clear, cloud, shadow, changed: marked by the temporal check, rejected: the whole
@@ -98,6 +101,8 @@ class Explorer:
         Raises:
             ConfigError: for a place outside. RunError: if no source can be read.
         """
+        import pandas as pd  # the page itself starts without it
+
         opened = self._server.mosaics.store(str(store))
         place = view_pixel.pixel_at(opened, *self._server.mosaics.place(lon, lat))
         slot = _slot(opened, period)

@@ -38,13 +38,12 @@ import yaml
 from pipeline import planning
 from pipeline.cluster import connect
 from pipeline.config import Cluster
-from pipeline.demo import demo_job
 from pipeline.grid import Grid
 from pipeline.jobfile import job_from_dict
 from pipeline.mosaic import build
 from pipeline.records import RunFolder
 from pipeline.report import Silent
-from pipeline.scenes import DemoScenes, write_tile
+from pipeline.scenes import DemoScenes, job_fields, write_tile
 
 WORKERS = 2
 SHARD_PX = 64
@@ -73,7 +72,7 @@ def job_of(folder: Path, made: DemoScenes, tasks: int, store: Path, cluster: dic
     rows, cols = (n * SHARD_PX - 2 * EDGE_PX for n in SHAPES[tasks])
     top, left = EDGE_PX - round(made.north_m / 10), EDGE_PX + round(made.west_m / 10)
     crs = f"EPSG:{made.epsg}"
-    return demo_job(made, folder) | {
+    return job_fields(made, folder) | {
         "catalog": str(made.items),
         "area": {"bbox": [round(v, 7) for v in Grid(crs, 10.0, (0.0, 0.0), top, left, rows, cols).lonlat_bounds()]},
         "grid": {"crs": crs, "shard_px": SHARD_PX},
