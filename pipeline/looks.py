@@ -153,13 +153,14 @@ class LookStream:
                 return
             same = following[0] == now.rows
             strip = strip if same else self._ask_strip(following[0])
+            # what a neighbour lost is tried again, instead of copied without a word
+            left = now if same and recipe.halo and not now.lost else None
             if recipe.ahead:
-                # what a neighbour lost is tried again, instead of copied without a word
-                block = self._ask_block(*following, now if same and not now.lost else None)
+                block = self._ask_block(*following, left)
                 yield self._mask(here, now, failed)
             else:
                 yield self._mask(here, now, failed)
-                block = self._ask_block(*following, None)
+                block = self._ask_block(*following, left)
 
     # -- masks ----------------------------------------------------------------------------------------------
 
@@ -249,7 +250,11 @@ class LookStream:
         fresh = 0
         if left is not None:
             fresh = max(left.fine.col0 + left.fine.width - fine.col0, 0)
-            codes[..., :fresh] = left.codes[..., left.fine.width - fresh :]
+            # Plane by plane, since both may lie in one array: the last sub-block of a strip is narrower, none is wider,
+            # so what is still to be copied is never written over.
+            for scenes, theirs in zip(codes, left.codes, strict=True):
+                for plane, its in zip(scenes, theirs, strict=True):
+                    plane[:, :fresh] = its[:, left.fine.width - fresh :]
         part = fine.window((0, fine.height), (fresh, fine.width))
         layers = []
         for layer, acquisition in enumerate(recipe.acquisitions):

@@ -46,7 +46,11 @@ CUTS_PX: Final = (
     (256, 128),
     (128, 128),
 )
-"""Sub-blocks, best first for methods that look around; the others need none above 1024."""
+"""Sub-blocks, best first; methods that do not look around need none above 1024."""
+FILE_BLOCK_PX: Final = 1024
+"""Side of the blocks that Sentinel-2 COGs come in."""
+WAITING: Final = 1.5
+"""What a task takes more where reading and composing take turns (twice as much at most)."""
 STREAMING: Final = frozenset({"mean", "linear", "nearest", "decay"})
 """Methods that aggregate over time: a worker's memory must not follow the dates, however roomy the limit is."""
 STREAMING_GB: Final = (1.0, 0.2)
@@ -111,16 +115,26 @@ def peak_bytes(recipe: Recipe, shape: tuple[int, int]) -> float:
 
 
 def choose_cut(recipe: Recipe, shape: tuple[int, int], limit_gb: float) -> Recipe | None:
-    """The recipe with the largest sub-block that fits the limit, None if none does.
+    """The recipe with the sub-block that fits the limit and reads least again, None if none fits.
 
-    Before a block of the source files is cut, and decoded twice, reading ahead is given up.
+    Where the method does not look around, reading ahead is given up before a block of the source files is cut, and so
+    decoded twice. Elsewhere blocks at every edge are decoded twice, and it is given up where that makes the sub-block
+    so much larger that it pays.
     """
-    for cut in CUTS_PX if recipe.halo else CUTS_PX[2:]:
-        for ahead in (True,) if recipe.halo else (True, False):
-            cutting = replace(recipe, cut_px=cut, ahead=ahead)
-            if peak_bytes(cutting, shape) <= limit_gb * 1e9 * USABLE:
-                return cutting
-    return None
+    fitting = [
+        cutting
+        for cut in (CUTS_PX if recipe.halo else CUTS_PX[2:])
+        for ahead in (True, False)
+        if peak_bytes(cutting := replace(recipe, cut_px=cut, ahead=ahead), shape) <= limit_gb * 1e9 * USABLE
+    ]
+    return min(fitting, key=_decoded_again, default=None) if recipe.halo else next(iter(fitting), None)
+
+
+def _decoded_again(recipe: Recipe) -> float:
+    """How often the sub-blocks of a large area make a block of the files be decoded, with what waiting is worth."""
+    rows, cols = recipe.cut_px  # columns of the halo are taken from the neighbour, rows are read again
+    blocks = (1 + (rows + 2 * recipe.halo) / FILE_BLOCK_PX) * (1 + cols / FILE_BLOCK_PX)
+    return blocks * FILE_BLOCK_PX**2 / (rows * cols) * (1 if recipe.ahead else WAITING)
 
 
 def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], Recipe]:
@@ -137,7 +151,7 @@ def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], Recipe]:
     if found is None:
         group = max(1, TASK_PX // grid.shard_px)
         rows, cols = (min(group, math.ceil(size / grid.shard_px)) * grid.shard_px for size in grid.shape)
-        least = replace(recipe, cut_px=CUTS_PX[-1], ahead=recipe.halo > 0, open_files=open_files(limit))
+        least = replace(recipe, cut_px=CUTS_PX[-1], ahead=False, open_files=open_files(limit))
         needed = peak_bytes(least, (rows, cols)) / USABLE / 1e9
         raise ConfigError(
             f"limits.memory_gb_per_worker: {limit} GB cannot hold {len(recipe.acquisitions)} acquisitions x "

@@ -38,7 +38,7 @@ class Recipe:
         profile: read settings and credentials' kind (no secret).
         inside: (height, width) bool, packed bits, of a polygon area; None where all is inside.
         cut_px: (rows, columns) of a sub-block.
-        ahead: whether the next sub-block is read while one is composed; always where the method looks around.
+        ahead: whether the next sub-block is read while one is composed.
         origin: (row, col) on the lattice where the source files begin, so that sub-blocks fall on their blocks.
         threads: reads in flight.
         open_files: datasets a worker keeps open between reads.

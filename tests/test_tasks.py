@@ -1,6 +1,7 @@
 """One task: what is written is what is composed, however it is cut; failed reads are flagged, never hidden."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,13 +82,32 @@ def test_what_a_task_writes_is_what_is_composed(whole, tmp_path, name):
         np.testing.assert_array_equal(store[layer][0], getattr(all_of_it, layer))
 
 
-def test_reading_ahead_does_not_matter(whole):
-    _, _, asked, all_of_it = whole["median"]
-    cut = replace(asked, cut_px=(96, 64), ahead=False)
+@pytest.mark.parametrize(("name", "cut"), [("median", (96, 64)), ("regression", (320, 160))])
+def test_reading_ahead_does_not_matter(whole, name, cut):
+    """Without it a sub-block takes its neighbour's columns inside the one array that both lie in."""
+    _, _, asked, all_of_it = whole[name]
+    cut = replace(asked, cut_px=cut, ahead=False)
     with ReadPool(threads=2, ahead=100) as pool:
         for looks in LookStream(cut, (0, asked.grid.height), (0, asked.grid.width), pool):
             there = (slice(*looks.rows), slice(*looks.cols))
-            np.testing.assert_array_equal(looks.clear.sum(axis=0), all_of_it.clear_count[there])
+            layers_equal(all_of_it, _compose(cut, looks), *there)
+
+
+def test_reading_ahead_is_given_up_where_that_saves_more_reading(whole):
+    """60 dates and an ever smaller limit: nothing is refused that would fit without it."""
+    job, _, asked, _ = whole["regression"]
+    looks = (asked.acquisitions * 60)[:60]
+    asked = replace(asked, grid=replace(asked.grid, height=4096, width=4096, shard_px=2048), acquisitions=looks)
+
+    def planned(limit_gb: float) -> Recipe:
+        limits = job.limits.model_copy(update={"memory_gb_per_worker": limit_gb})
+        cut, tasks = plan_tasks(asked, job.model_copy(update={"limits": limits}))
+        assert peak_bytes(cut, (tasks[0].rows[1], tasks[0].cols[1])) <= USABLE * limit_gb * 1e9
+        return cut
+
+    assert [planned(limit).ahead for limit in (16, 1.6)] == [True, False]
+    sides = [math.prod(planned(limit).cut_px) for limit in (16, 8, 4, 2, 1.6)]
+    assert sides == sorted(sides, reverse=True)
 
 
 @pytest.mark.parametrize("name", ["mean", "linear"])
