@@ -193,6 +193,9 @@ class Training(_Base):
         description="weights to begin with, a file or the name of weights that ship: what has the same name and shape "
         "in this network is taken, the rest begins fresh",
     )
+    after: dict[str, Any] = Field(
+        {}, description="options of the network that change in the weights that are saved, as {yields: true}"
+    )
     loss: dict[str, Any] = Field({}, description="what training minimises, see pipeline.models.losses")
     fit: Fit = Fit()
 

@@ -20,12 +20,13 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pipeline import estimates
+from pipeline import estimates, models
 from pipeline.curves import draw_curves
 from pipeline.errors import ConfigError, RunError, StoreMismatchError
 from pipeline.exam import exam_pixels, scores, timed, undistorted
 from pipeline.learnfile import Training
 from pipeline.models import weights
+from pipeline.models.batch import Model
 from pipeline.patches import Lesson, Order, Patches, collate
 from pipeline.report import Progress, Silent
 from pipeline.samples import Sample, Store, open_store, split_samples
@@ -89,6 +90,7 @@ class Course:
         self.fabric.launch()
         self.scheme = Scheme(training, self.fabric, paper=self.paper)
         self.model = self.scheme.model
+        self.saved = _saved(self.model, training)
         rank, world = self.fabric.global_rank, self.fabric.world_size
         share = max(1, self.fit.batch // world)
         seed, most = training.seed, self.fit.epoch_steps
@@ -210,7 +212,8 @@ class Course:
         if row["mse"] < state.best_mse:
             state.best_mse, state.best_epoch = row["mse"], state.epoch
             if self.fabric.is_global_zero:
-                weights.save(self.model, self.training.out / WEIGHTS, card=self._card(row))
+                self.saved.load_state_dict(self.model.state_dict())
+                weights.save(self.saved, self.training.out / WEIGHTS, card=self._card(row))
         state.epoch += 1
         state.batch = 0
 
@@ -225,7 +228,7 @@ class Course:
                 "places": places,
                 "sources": _sources(training),
             },
-            "recipe": json.loads(training.model_dump_json(include={"model", "loss", "fit", "split"})),
+            "recipe": json.loads(training.model_dump_json(include={"model", "after", "loss", "fit", "split"})),
             "start": self.start,
             "seed": training.seed,
             "scores": dict(row),
@@ -276,6 +279,20 @@ def _weighted(numbers: Sequence[int], samples: Sequence[Sample], training: Train
         weight = weights[place if place in weights else place.rpartition("-")[0]]
         out += [number] * (int(weight) + bool(rng.random() < weight % 1))
     return out
+
+
+def _saved(model: Model, training: Training) -> Model:
+    """The network as it is saved: with the options of ``after``, which must leave its parameters alone."""
+    if not training.after:
+        return model
+    other = models.build({**model.config.model_dump(mode="json"), **training.after})
+    shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (model, other)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"after: {training.after} gives a network with other parameters than model {training.model}; only options "
+            "that leave them alone can change once it is trained"
+        )
+    return other
 
 
 def _gamma(model: nn.Module) -> float:
@@ -341,10 +358,12 @@ _FREE: Final = (
 
 def _request(training: Training, store: Store) -> dict[str, Any]:
     """What must stay the same for a training to go on."""
-    asked = json.loads(training.model_dump_json(include={"bands", "seed", "model", "loss", "split", "fit"}))
+    asked = json.loads(training.model_dump_json(include={"bands", "seed", "model", "after", "loss", "split", "fit"}))
     asked["fit"] = {name: value for name, value in asked["fit"].items() if name not in _FREE}
     if not training.fit.frozen:  # as trainings that began before there was such a thing
         del asked["fit"]["frozen"]
+    if not training.after:
+        del asked["after"]
     return {**asked, "weights": {source.name: source.weight for source in training.sources}, "store": store.about}
 
 

@@ -180,6 +180,16 @@ def test_a_training_begins_with_given_weights_and_leaves_frozen_parts(samples: P
         train(asked.model_copy(update={"start": None}))
 
 
+def test_options_that_change_after_training_are_in_the_weights_alone(samples: Path, tmp_path: Path) -> None:
+    fit = {"epochs": 1, "batch": 8, "threads": 1, "accelerator": "cpu"}
+    plain = train(training(tmp_path, store=str(samples), fit=fit, out=str(tmp_path / "plain")))
+    after = train(training(tmp_path, store=str(samples), fit=fit, after={"wrong": 0.1}))
+    one, other = weights.load_model(str(plain.weights)), weights.load_model(str(after.weights))
+    assert (one.config.wrong, other.config.wrong) == (0, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert weights.card(after.weights)["recipe"]["after"] == {"wrong": 0.1}
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
@@ -194,6 +204,8 @@ def test_a_training_begins_with_given_weights_and_leaves_frozen_parts(samples: P
         ({"loss": {"feat": 1}}, ConfigError, "its groups need"),
         ({"start": "robust"}, ConfigError, "start: robust is network 'compact' and model.name"),
         ({"start": "nowhere"}, WeightsError, "weights 'nowhere': no such file"),
+        ({"after": {"depth": 3}}, ConfigError, "model.depth"),
+        ({"model": {"name": "small"}, "after": {"unet": False}}, ConfigError, "gives a network with other parameters"),
         ({"fit": {"frozen": ["krigging"]}}, ConfigError, "has no part krigging; its parts are net"),
         ({"fit": {"accelerator": "abacus"}}, ConfigError, "fit: this machine cannot do accelerator abacus"),
     ],
