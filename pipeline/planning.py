@@ -49,6 +49,8 @@ CUTS_PX: Final = (
 """Sub-blocks, best first; methods that do not look around need none above 1024."""
 FILE_BLOCK_PX: Final = 1024
 """Side of the blocks that Sentinel-2 COGs come in."""
+SMALL_PX: Final = 512
+"""With smaller sub-blocks a task takes many minutes, as each decodes blocks of the files: it is not made wider."""
 WAITING: Final = 1.5
 """What a task takes more where reading and composing take turns (twice as much at most)."""
 STREAMING: Final = frozenset({"mean", "linear", "nearest", "decay"})
@@ -172,6 +174,8 @@ def _fit(recipe: Recipe, job: Job, limit_gb: float) -> tuple[tuple[int, int], Re
         shards = (min(group, rows), min(group * wide, cols))
         tasks = math.ceil(rows / shards[0]) * math.ceil(cols / shards[1])
         if best and (tasks < job.cluster.workers or (tasks < 4 * job.cluster.workers and tasks % job.cluster.workers)):
+            break
+        if best and recipe.halo and min(best[1].cut_px) < SMALL_PX:
             break
         cutting = choose_cut(recipe, (shards[0] * grid.shard_px, shards[1] * grid.shard_px), limit_gb)
         if cutting is None or (best and (cutting.cut_px, cutting.ahead) < (best[1].cut_px, best[1].ahead)):
