@@ -99,15 +99,17 @@ def test_reading_ahead_is_given_up_where_that_saves_more_reading(whole):
     looks = (asked.acquisitions * 60)[:60]
     asked = replace(asked, grid=replace(asked.grid, height=4096, width=4096, shard_px=2048), acquisitions=looks)
 
-    def planned(limit_gb: float) -> Recipe:
+    def planned(limit_gb: float) -> tuple[Recipe, int]:
         limits = job.limits.model_copy(update={"memory_gb_per_worker": limit_gb})
         cut, tasks = plan_tasks(asked, job.model_copy(update={"limits": limits}))
         assert peak_bytes(cut, (tasks[0].rows[1], tasks[0].cols[1])) <= USABLE * limit_gb * 1e9
-        return cut
+        return cut, tasks[0].cols[1]
 
-    assert [planned(limit).ahead for limit in (16, 1.6)] == [True, False]
-    sides = [math.prod(planned(limit).cut_px) for limit in (16, 8, 4, 2, 1.6)]
-    assert sides == sorted(sides, reverse=True)
+    cuts, widths = zip(*(planned(limit) for limit in (16, 8, 4, 2, 1.6)), strict=True)
+    assert (cuts[0].ahead, cuts[-1].ahead) == (True, False)
+    assert (widths[0], widths[-1]) == (4096, 2048)  # nor are tasks made wider that take long as they are
+    sizes = [math.prod(cut.cut_px) for cut in cuts]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("name", ["mean", "linear"])
