@@ -138,7 +138,7 @@ def cloud_mask(
     Raises:
         ConfigError: the cube lacks a variable, an attribute or the darkest band, or ``rejected`` is not one per time.
     """
-    import dask.array as da  # these two are half of the time it takes a worker to start, and no task needs them
+    import dask.array as da  # a third of the time it takes a worker to start, and no task needs them
     import xarray as xr
 
     params = params or MaskParams()

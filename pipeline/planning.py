@@ -52,7 +52,7 @@ FILE_BLOCK_PX: Final = 1024
 SMALL_PX: Final = 512
 """With smaller sub-blocks a task takes many minutes, as each decodes blocks of the files: it is not made wider."""
 WAITING: Final = 1.5
-"""What a task takes more where reading and composing take turns (twice as much at most)."""
+"""What a task takes more where reading and composing take turns: assumed, between 1 (busy cores) and 2."""
 STREAMING: Final = frozenset({"mean", "linear", "nearest", "decay"})
 """Methods that aggregate over time: a worker's memory must not follow the dates, however roomy the limit is."""
 STREAMING_GB: Final = (1.0, 0.2)
