@@ -16,6 +16,7 @@ from pipeline.anchors import INTERPOLATE, AnchorMap
 from pipeline.config import LEARNED, Method
 from pipeline.errors import ConfigError
 from pipeline.estimates import Target
+from pipeline.kept import Kept
 
 NO_SIGMA = 65535
 SEASON_DAYS = 90
@@ -63,6 +64,7 @@ class _Looks:
     col0: int
     core: tuple[slice, slice]
     bits: NDArray[np.uint8] | None = None
+    kept: Kept | None = None
 
     @property
     def inner(self) -> tuple[Codes, NDArray[np.bool_]]:
@@ -146,6 +148,7 @@ def compose_block(
     core: tuple[slice, slice] | None = None,
     failed: NDArray[np.bool_] | None = None,
     bits: NDArray[np.uint8] | None = None,
+    kept: Kept | None = None,
 ) -> Layers:
     """Compose the looks of one block.
 
@@ -162,12 +165,13 @@ def compose_block(
         failed: (H, W) bool, a read failed here.
         bits: (T, H, W) uint8, what hides a look: 1 cloud, 2 shadow, 4 no data; for learned methods, which take a look
             that is not clear for both clouded and shaded without it.
+        kept: for learned methods, what earlier sub-blocks of the same looks leave for this one and those after it.
 
     Returns:
         ``Layers`` of the core.
     """
     rows, cols = core or (slice(0, codes.shape[2]), slice(0, codes.shape[3]))
-    looks = _Looks(codes, clear, days, row0, col0, (rows, cols), bits)
+    looks = _Looks(codes, clear, days, row0, col0, (rows, cols), bits, kept)
     inner, inner_clear = looks.inner
     height, width = inner.shape[2:]
     count = composite.clear_count(inner_clear)
@@ -221,6 +225,7 @@ def _complete(looks: _Looks, method: Method, target: int, layer: int, weight: ND
             Target(looks.codes, looks.clear, days, target, anchor, looks.row0, looks.col0),
             core=looks.core,
             bits=looks.bits,
+            kept=looks.kept,
             within=weight > 0,  # all anchors have the same looks, so that none has to stand in for another
         )
         observed = np.zeros(inner_clear.shape[1:], bool) if layer == INTERPOLATE else inner_clear[layer]

@@ -191,6 +191,17 @@ def scratch_bytes(method: Method, looks: int, bands: int) -> tuple[float, float]
     return per_pixel, TORCH_BYTES + model.patch_bytes(looks, bands)
 
 
+def kept_bytes(method: Method, shape: tuple[int, int], bands: int) -> float:
+    """Bytes of ``kept.Kept`` at the most, where (rows of a sub-block, columns of a task) are ``shape``."""
+    from pipeline import predict
+
+    options = _ready(method)
+    lattice = predict.lattice_of(_read(options.weights, options.weights_sha256))
+    along_cols, along_rows = (size // lattice.stride_px + 2 for size in reversed(shape))
+    # over an edge lie two rows of patches at the most, since neighbours overlap by less than half
+    return 2.0 * (along_cols + along_rows) * lattice.patch_px**2 * 4 * (2 * bands + 1)
+
+
 TORCH_BYTES: Final = 350e6
 """Resident size that torch adds to a process."""
 

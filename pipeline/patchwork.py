@@ -65,6 +65,11 @@ class PatchLattice:
         ends = np.minimum(near, near[::-1]) / self.ramp_px
         return np.clip(ends, 0, 1).astype(np.float32)
 
+    def used(self, place: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """[first, last) row and column of a patch that pixels are taken from, in the coordinates of its place."""
+        (top, bottom), (left, right) = ((at + self.border_px, at + self.reach_px) for at in place)
+        return (top, bottom), (left, right)
+
     def starts(self, start: int, stop: int) -> list[int]:
         """Where the patches begin whose used part meets [start, stop)."""
         first = (start - self.shift_px - self.reach_px) // self.stride_px + 1
@@ -87,9 +92,9 @@ def patch_places(wanted: Flags, lattice: PatchLattice, row0: int, col0: int) -> 
     ]
 
 
-def _span(starts: Sequence[int], length: int, origin: int, size: int) -> tuple[int, int]:
-    """The part of an array's axis that patches lie on."""
-    return max(min(starts) - origin, 0), min(max(starts) + length - origin, size)
+def _span(starts: Sequence[int], length: int, core: slice, size: int) -> tuple[int, int]:
+    """The part of an array's axis that the core and patches of so many pixels lie on."""
+    return max(min([*starts, core.start]), 0), min(max([*starts, core.stop - length]) + length, size)
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,17 @@ class Source:
 
     @classmethod
     def around(
-        cls, target: Target, bits: NDArray[np.uint8] | None, spots: Sequence[tuple[int, int]], patch_px: int
+        cls,
+        target: Target,
+        bits: NDArray[np.uint8] | None,
+        spots: Sequence[tuple[int, int]],
+        patch_px: int,
+        core: tuple[slice, slice],
     ) -> Self:
-        """The part of a block that the patches at ``spots`` and their estimates see, with those estimates."""
+        """What the patches at ``spots``, the core and their estimates see of a block, with those estimates."""
         height, width = target.clear.shape[1:]
-        top, bottom = _span([place[0] for place in spots], patch_px, target.row0, height)
-        left, right = _span([place[1] for place in spots], patch_px, target.col0, width)
+        top, bottom = _span([place[0] - target.row0 for place in spots], patch_px, core[0], height)
+        left, right = _span([place[1] - target.col0 for place in spots], patch_px, core[1], width)
         rows, cols = slice(max(top - HALO_PX, 0), bottom + HALO_PX), slice(max(left - HALO_PX, 0), right + HALO_PX)
         near = replace(
             target,

@@ -50,7 +50,8 @@ CUTS_PX: Final = (
 FILE_BLOCK_PX: Final = 1024
 """Side of the blocks that Sentinel-2 COGs come in."""
 SMALL_PX: Final = 512
-"""With smaller sub-blocks a task takes many minutes, as each decodes blocks of the files: it is not made wider."""
+"""With smaller sub-blocks a task takes many minutes, as each decodes blocks of the files: it is not made wider. Nor are
+tasks made smaller than this for the sake of idle workers."""
 WAITING: Final = 1.5
 """What a task takes more where reading and composing take turns: assumed, between 1 (busy cores) and 2."""
 STREAMING: Final = frozenset({"mean", "linear", "nearest", "decay"})
@@ -88,6 +89,7 @@ def block_bytes(recipe: Recipe, task_cols: int) -> float:
     if recipe.method.name in LEARNED:
         scratch, fixed = learned.scratch_bytes(recipe.method, looks, bands)
         per_pixel += scratch
+        fixed += learned.kept_bytes(recipe.method, (cut_px[0], task_cols), bands)
     if recipe.method.name == "geomedian":
         per_pixel += looks * bands * 4
     if recipe.method.name == "medoid":
@@ -151,8 +153,7 @@ def layout(recipe: Recipe, job: Job) -> tuple[tuple[int, int], Recipe]:
         found = _fit(recipe, job, min(limit, STREAMING_GB[0] + STREAMING_GB[1] * len(recipe.bands)))
     found = found or _fit(recipe, job, limit)
     if found is None:
-        group = max(1, TASK_PX // grid.shard_px)
-        rows, cols = (min(group, math.ceil(size / grid.shard_px)) * grid.shard_px for size in grid.shape)
+        rows, cols = (n * grid.shard_px for n in _least_shards(grid, job.cluster.workers))
         least = replace(recipe, cut_px=CUTS_PX[-1], ahead=False, open_files=open_files(limit))
         needed = peak_bytes(least, (rows, cols)) / USABLE / 1e9
         raise ConfigError(
@@ -167,12 +168,11 @@ def _fit(recipe: Recipe, job: Job, limit_gb: float) -> tuple[tuple[int, int], Re
     """The widest tasks with the largest sub-blocks in so much memory, None if nothing fits."""
     grid = recipe.grid
     recipe = replace(recipe, open_files=open_files(limit_gb))
-    rows, cols = (math.ceil(size / grid.shard_px) for size in grid.shape)
-    group = max(1, TASK_PX // grid.shard_px)
+    least = _least_shards(grid, job.cluster.workers)
     best = None
     for wide in (1, 2, WIDEST):
-        shards = (min(group, rows), min(group * wide, cols))
-        tasks = math.ceil(rows / shards[0]) * math.ceil(cols / shards[1])
+        shards = (least[0], min(least[1] * wide, math.ceil(grid.width / grid.shard_px)))
+        tasks = _tasks(grid, shards)
         if best and (tasks < job.cluster.workers or (tasks < 4 * job.cluster.workers and tasks % job.cluster.workers)):
             break
         if best and recipe.halo and min(best[1].cut_px) < SMALL_PX:
@@ -182,6 +182,24 @@ def _fit(recipe: Recipe, job: Job, limit_gb: float) -> tuple[tuple[int, int], Re
             break
         best = shards, cutting
     return best
+
+
+def _least_shards(grid: Grid, workers: int) -> tuple[int, int]:
+    """(rows, columns) of a task in shards: about ``TASK_PX``, smaller, to ``SMALL_PX``, where workers would be idle."""
+    group = max(1, TASK_PX // grid.shard_px)
+    rows, cols = (min(group, math.ceil(size / grid.shard_px)) for size in grid.shape)
+    least = max(1, SMALL_PX // grid.shard_px)
+    while _tasks(grid, (rows, cols)) < workers and max(rows, cols) >= 2 * least:
+        if rows >= cols:  # wide tasks have fewer edges within a strip
+            rows = math.ceil(rows / 2)
+        else:
+            cols = math.ceil(cols / 2)
+    return rows, cols
+
+
+def _tasks(grid: Grid, shards: tuple[int, int]) -> int:
+    """How many tasks of so many shards cover the grid."""
+    return math.prod(math.ceil(size / (grid.shard_px * n)) for size, n in zip(grid.shape, shards, strict=True))
 
 
 def plan_tasks(recipe: Recipe, job: Job, done: Collection[tuple[int, int]] = ()) -> tuple[Recipe, list[Task]]:
@@ -273,12 +291,11 @@ class Plan:
         }
         if recipe is not None:
             shards, recipe = layout(recipe, job)
-            rows, cols = (math.ceil(size / self.grid.shard_px) for size in self.grid.shape)
             shape = (shards[0] * self.grid.shard_px, shards[1] * self.grid.shard_px)
             pixels = self.grid.height * self.grid.width * len(acquisitions)
             entry |= {
-                "shards": rows * cols,
-                "tasks": math.ceil(rows / shards[0]) * math.ceil(cols / shards[1]),
+                "shards": _tasks(self.grid, (1, 1)),
+                "tasks": _tasks(self.grid, shards),
                 "sub_block_px": list(recipe.cut_px),
                 "decoded_gb": round(pixels * (2 * len(recipe.bands) + 1 / recipe.factor**2) / 1e9, 3),
                 "peak_memory_gb": round(peak_bytes(recipe, shape) / 1e9, 2),

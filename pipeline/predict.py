@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.bands import CODE_SCALE, complete_looks, to_codes
 from pipeline.errors import ConfigError, RunError
 from pipeline.estimates import HALO_PX, Target
+from pipeline.kept import Kept
 from pipeline.models.batch import Batch, Completed
 from pipeline.patchwork import PatchLattice, Source, patch_places, to_batch, window
 
@@ -91,6 +92,7 @@ def complete(
     precision: Precision = "fp32",
     channels: Sequence[int] = (),
     lattice: PatchLattice | None = None,
+    kept: Kept | None = None,
 ) -> Completion:
     """Complete one target with a learned model; patches without a gap are not run.
 
@@ -105,6 +107,7 @@ def complete(
         precision: bf16 lets torch compute in bfloat16 where it deems that safe.
         channels: which band each channel of the model wants, see ``weights.check_bands``; empty: as they come.
         lattice: another than the model's, to look for seams.
+        kept: the patches of earlier sub-blocks of a task; those that later ones need are added.
 
     Returns:
         ``Completion`` of the core, eager.
@@ -138,12 +141,20 @@ def complete(
     spots = patch_places(wanted, lattice, *first)
     if not spots:
         return out
-    source = Source.around(target, bits, spots, lattice.patch_px)
+    keys = {place: (anchor, target.day, lattice.used(place)) for place in spots}
+    here = (first[0], first[0] + known.shape[0]), (first[1], first[1] + known.shape[1])
+    kept = kept or Kept()
+    kept.forget(*here)
+    missing = [place for place, key in keys.items() if key not in kept.answers]
+    source = Source.around(target, bits, missing, lattice.patch_px, (rows, cols))
     device, call = _device(model), _Call(model, precision, None if list(channels) == sorted(channels) else [*channels])
     canvas = _Canvas(out, wanted, source, lattice, first)
     with _gpu if device.type == "cuda" else one_thread():
-        for place, answer in _run(spots, source, call, device, patch_batch, out.notes):
+        made = _run(missing, source, call, device, patch_batch, out.notes)
+        for place, key in keys.items():  # always in this order: floats are summed
+            answer = kept.answers.get(key) or next(made)
             canvas.add(place, answer)
+            kept.keep(key, answer, *here)
     canvas.finish()
     return out
 
@@ -167,17 +178,17 @@ def _run(
     device: torch.device,
     patch_batch: int | None,
     notes: list[str],
-) -> Iterator[tuple[tuple[int, int], _Answer]]:
+) -> Iterator[_Answer]:
     """Run the patches in order. A GPU works on a batch while the next is cut, and takes less where it must."""
     queue = deque(spots)
     most = _most(call.model, device, patch_batch)
-    flying: tuple[list[tuple[int, int]], tuple[Tensor | None, ...]] | None = None
+    flying: tuple[int, tuple[Tensor | None, ...]] | None = None
     while queue or flying:
         launched = None
         if queue:
             taken = [queue.popleft() for _ in range(min(most, len(queue)))]
             try:
-                launched = taken, call(to_batch([source.cut(p) for p in taken], device), source.target.day)
+                launched = len(taken), call(to_batch([source.cut(p) for p in taken], device), source.target.day)
             except torch.OutOfMemoryError as error:
                 if len(taken) == 1:
                     raise RunError(
@@ -190,8 +201,8 @@ def _run(
                 torch.cuda.empty_cache()
         if flying:
             arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in flying[1]]
-            for number, place in enumerate(flying[0]):
-                yield place, _Answer(*(None if array is None else array[number] for array in arrays))  # type: ignore[arg-type]
+            for number in range(flying[0]):
+                yield _Answer(*(None if array is None else array[number] for array in arrays))  # type: ignore[arg-type]
         flying = launched
 
 

@@ -19,6 +19,7 @@ from pipeline import store
 from pipeline.blas import one_blas_thread
 from pipeline.block import NO_SIGMA, OUTSIDE, Layers, compose_block, has_uncertainty
 from pipeline.errors import ReadError, StoreError
+from pipeline.kept import Kept
 from pipeline.looks import Looks, LookStream, release_arrays
 from pipeline.read_pool import ReadPool
 from pipeline.reader import keep_open
@@ -79,9 +80,11 @@ def run_task(recipe: Recipe, task: Task, path: str, slot: int, *, fence: str | N
     layers: dict[str, NDArray[Any]] = {}
     keep_open(recipe.open_files)
     with one_blas_thread(), ReadPool(threads=recipe.threads, ahead=_NO_BOUND, profile=recipe.profile) as pool:
-        stream = LookStream(recipe, task.rows, task.cols, pool)
+        stream, kept = LookStream(recipe, task.rows, task.cols, pool), Kept()
         for looks in stream:
-            _place(layers, recipe, task, looks.rows, looks.cols, _compose(recipe, looks), report)
+            if stream.failures:  # a patch that lacks a look here may have it in the next sub-block
+                kept = Kept()
+            _place(layers, recipe, task, looks.rows, looks.cols, _compose(recipe, looks, kept), report)
         report.failures, report.scenes = stream.failures, len(stream.seen)
         stats = pool.stats
         report.bytes_read, report.read_seconds = stats.bytes, stats.seconds
@@ -140,7 +143,7 @@ def compose_window(recipe: Recipe, rows: tuple[int, int], cols: tuple[int, int])
     return block
 
 
-def _compose(recipe: Recipe, looks: Looks) -> Layers:
+def _compose(recipe: Recipe, looks: Looks, kept: Kept | None = None) -> Layers:
     halo = recipe.halo
     core = (slice(halo, looks.fine.height - halo), slice(halo, looks.fine.width - halo))
     return compose_block(
@@ -155,6 +158,7 @@ def _compose(recipe: Recipe, looks: Looks) -> Layers:
         core=core,
         failed=looks.failed,
         bits=looks.hidden_by,
+        kept=kept,
     )
 
 

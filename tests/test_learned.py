@@ -12,6 +12,7 @@ import pytest
 import tiny_network
 import torch
 import yaml
+import zarr
 from small_region import BANDS, InlineClient, layers_equal, recipe, same_objects
 
 from pipeline import cloud_mask, compose, learned, models, open_cube, planning, predict
@@ -25,8 +26,9 @@ from pipeline.jobfile import load_job
 from pipeline.looks import LookStream
 from pipeline.models import weights as files
 from pipeline.mosaic import build, plan
+from pipeline.periods import Period
 from pipeline.request import mask_params
-from pipeline.store import open_mosaic, read_attrs
+from pipeline.store import open_mosaic, publish, read_attrs
 from pipeline.tasks import Task, compose_window, run_task
 
 PART = (200, 300), (170, 280)
@@ -284,6 +286,38 @@ def test_area_and_sub_blocks_do_not_change_a_byte(small, weights):
     corner = compose_window(asked, (asked.grid.height - 40, asked.grid.height), (3, 67))  # 40 x 64 px
     layers_equal(whole, corner, slice(-40, None), slice(3, 67))
     assert ((whole.flags & COMPOSED) > 0).sum() > 300
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_task_computes_each_patch_once_unless_a_read_failed(small, weights, monkeypatch, fails):
+    """What a sub-block lost its neighbour may have: patches with another's holes are not taken."""
+    _, _, asked = recipe(_part(small, weights))
+    height, width = asked.grid.shape
+    if fails:
+        layer = asked.acquisitions[len(asked.acquisitions) // 2]
+        item = layer.items[0]
+        gone = replace(item, assets={**item.assets, "red": replace(item.assets["red"], href="/nowhere.tif")})
+        changed = [replace(a, items=(gone, *a.items[1:])) if a is layer else a for a in asked.acquisitions]
+        asked = replace(asked, acquisitions=tuple(changed))
+    calls, forward = [], tiny_network.TinyNet.forward
+    monkeypatch.setattr(
+        tiny_network.TinyNet, "forward", lambda self, *a, **k: (calls.append(1), forward(self, *a, **k))[1]
+    )
+    whole, parts = (replace(asked, cut_px=cut) for cut in (asked.grid.shape, (64, 64)))
+    task = Task((0, height), (0, width), tuple(asked.grid.shards()))
+    made, counts = {}, []
+    for name, cut in (("whole", whole), ("parts", parts)):
+        calls.clear()
+        report = run_task(cut, task, str(weights.parent / name), 0)
+        assert bool(report.failures) == fails
+        counts.append(len(calls))
+        days = [Period(0, 18789, 18847, 18789, asked.target)]
+        publish(weights.parent / name, asked.grid, BANDS, uncertainty=True, schedule=days, published=[True], attrs={})
+        made[name] = zarr.open_group(str(weights.parent / name), path="0", mode="r")
+    assert counts[0] > 4
+    assert (counts[1] > counts[0]) if fails else (counts[1] == counts[0])
+    for layer in (*BANDS, "flags", "source_date"):
+        np.testing.assert_array_equal(made["whole"][layer][0], made["parts"][layer][0])
 
 
 def test_the_next_reads_are_in_flight_while_the_model_works(small, weights, monkeypatch):

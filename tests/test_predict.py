@@ -1,6 +1,7 @@
 """Inference with a learned model: observed pixels untouched, no byte depends on how the ground was cut, no garbage."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pipeline import kalman, predict
 from pipeline.bands import to_codes, to_reflectance
 from pipeline.errors import ConfigError, RunError
 from pipeline.estimates import CONTEXT, Target
+from pipeline.kept import Kept
 from pipeline.models.batch import Batch, Completed
 from pipeline.patchwork import PatchLattice
 from pipeline.predict import complete, halo_px
@@ -112,6 +114,37 @@ def test_no_byte_depends_on_how_the_ground_was_cut():
         )
         for name in ("codes", "sigma", "source_date"):
             np.testing.assert_array_equal(getattr(whole, name)[..., slice(*rows), slice(*cols)], getattr(part, name))
+
+
+def test_patches_over_the_edges_of_sub_blocks_are_computed_once():
+    """Row by row and from left to right, as a task works; the sub-blocks see no more than the halo around them."""
+    codes, clear = scene(height=230, width=190, clouds=30)
+    model = tiny()
+    whole = run(codes, clear, model=model)
+    once = len(model.seen)
+    halo, kept, most = halo_px(model), Kept(), 0
+    made = {name: np.empty_like(getattr(whole, name)) for name in ("codes", "sigma", "source_date")}
+    model.seen.clear()
+    for top, left in product(range(0, 230, 70), range(0, 190, 50)):
+        rows, cols = slice(top, min(top + 70, 230)), slice(left, min(left + 50, 190))
+        low = max(top - halo, 0), max(left - halo, 0)
+        around = slice(low[0], rows.stop + halo), slice(low[1], cols.stop + halo)
+        part = run(
+            np.ascontiguousarray(codes[:, :, *around]),
+            np.ascontiguousarray(clear[:, *around]),
+            model=model,
+            row0=1000 + low[0],
+            col0=-3000 + low[1],
+            core=(slice(top - low[0], rows.stop - low[0]), slice(left - low[1], cols.stop - low[1])),
+            kept=kept,
+        )
+        for name, values in made.items():
+            values[..., rows, cols] = getattr(part, name)
+        most = max(most, len(kept.answers))
+    for name, values in made.items():
+        np.testing.assert_array_equal(values, getattr(whole, name))
+    assert len(model.seen) == once
+    assert most <= 2 * (190 // 40 + 2 + 70 // 40 + 2)  # as the plan reckons (``learned.kept_bytes``)
 
 
 def test_where_arrays_end_beyond_the_data_does_not_matter():

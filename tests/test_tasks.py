@@ -112,6 +112,28 @@ def test_reading_ahead_is_given_up_where_that_saves_more_reading(whole):
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("size", "shard_px", "workers", "shape"),
+    [
+        ((1024, 1024), 512, 1, (1024, 1024)),
+        ((1024, 1024), 512, 2, (512, 1024)),
+        ((1024, 1024), 512, 4, (512, 512)),
+        ((1024, 1024), 512, 99, (512, 512)),
+        ((1000, 1900), 100, 2, (1000, 1000)),
+        ((1000, 1900), 100, 3, (500, 1000)),
+        ((700, 300), 64, 8, (704, 320)),
+        ((4096, 4096), 2048, 8, (2048, 2048)),
+    ],
+)
+def test_no_worker_is_idle_while_a_task_can_be_parted(whole, size, shard_px, workers, shape):
+    job, _, asked, _ = whole["median"]
+    asked = replace(asked, grid=replace(asked.grid, height=size[0], width=size[1], shard_px=shard_px))
+    cluster = job.cluster.model_copy(update={"workers": workers})
+    _, tasks = plan_tasks(asked, job.model_copy(update={"cluster": cluster}))
+    assert tasks[0].rows[1] == min(shape[0], size[0])
+    assert tasks[0].cols[1] == min(shape[1], size[1])
+
+
 @pytest.mark.parametrize("name", ["mean", "linear"])
 def test_memory_of_streaming_methods_does_not_follow_the_dates(whole, name):
     job, _, asked, _ = whole["median"]

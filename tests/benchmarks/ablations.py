@@ -82,6 +82,7 @@ def asked(out: Path, name: str, steps: int, batch: int) -> Training:
     base = load_training(RECIPE).model_dump(mode="json")
     base |= {"store": str(out / f"samples-{mode}"), "out": str(folder), "name": name, "model": variant["model"]}
     base["loss"] = variant.get("loss", base["loss"])
+    base |= {"after": {}}  # what is changed in weights that ship
     base["split"]["test"] = [UNSEEN]
     base["cases"] |= {"mode": mode, "max_looks": MOST_LOOKS}
     places = 12 if mode == "paper" else 40  # in paper mode every date is a target: fewer places do
