@@ -201,8 +201,8 @@ def _run(
                 torch.cuda.empty_cache()
         if flying:
             arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in flying[1]]
-            for number in range(flying[0]):
-                yield _Answer(*(None if array is None else array[number] for array in arrays))  # type: ignore[arg-type]
+            for number in range(flying[0]):  # copies: a patch that is kept must not keep its batch
+                yield _Answer(*(None if array is None else array[number].copy() for array in arrays))  # type: ignore[arg-type]
         flying = launched
 
 

@@ -1,8 +1,9 @@
 """How much inference costs beside the model: `uv run python tests/benchmarks/inference.py [--weights FILE]`.
 
 One block of made-up looks, nothing is read. Alternately: the bare forward pass over the batches that `complete` makes,
-`complete` itself, and the estimates it begins with. Then megapixels a second of two processes with a thread each; on a
-GPU the paper's scene, 5000 x 5000 px with 20 dates and 6 bands.
+`complete` itself, and the estimates it begins with. Then a larger block in sub-blocks, as a task with little memory
+does, without and with the patches that its neighbours computed, and megapixels a second of two processes with a thread
+each; on a GPU the paper's scene, 5000 x 5000 px with 20 dates and 6 bands.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from pipeline import models, predict
 from pipeline.errors import WeightsError
 from pipeline.estimates import HALO_PX, Target, estimate
+from pipeline.kept import Kept
 from pipeline.models.batch import Batch, Model
 from pipeline.models.weights import load_model
 
@@ -56,10 +60,12 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
         self.batches: list[Batch] = []
+        self.calls = 0
 
     def forward(self, batch: Batch, *, with_weights: bool = False) -> Any:
         """As the model."""
         self.batches.append(batch)
+        self.calls += 1
         return self.model(batch, with_weights=with_weights)
 
 
@@ -96,6 +102,36 @@ def beside_the_model(model: Model, block: Target, repeats: int) -> dict[str, flo
         "added_without_estimates": statistics.median(around),
         "added_with_estimates": statistics.median(c / b - 1 for b, c, _ in zip(*times.values(), strict=True)),
     }
+
+
+def in_sub_blocks(model: Model, block: Target, cut: tuple[int, int], kept: Kept | None) -> int:
+    """Complete a block sub-block by sub-block, each with its halo; how many patches that took."""
+    recorder, halo = Recorder(model), predict.halo_px(model)
+    height, width = block.clear.shape[1:]
+    for top, left in product(range(0, height, cut[0]), range(0, width, cut[1])):
+        core = slice(top, min(top + cut[0], height)), slice(left, min(left + cut[1], width))
+        rows, cols = (slice(max(part.start - halo, 0), part.stop + halo) for part in core)
+        part = replace(
+            block,
+            codes=np.ascontiguousarray(block.codes[:, :, rows, cols]),
+            clear=np.ascontiguousarray(block.clear[:, rows, cols]),
+            row0=block.row0 + rows.start,
+            col0=block.col0 + cols.start,
+        )
+        inner = tuple(
+            slice(c.start - around.start, c.stop - around.start) for c, around in zip(core, (rows, cols), strict=True)
+        )
+        predict.complete(part, model=recorder, core=inner, kept=kept)
+        recorder.batches.clear()
+    return recorder.calls
+
+
+def little_memory(model: Model, block: Target, cut: tuple[int, int]) -> dict[str, Any]:
+    """A block in sub-blocks, each for itself and with its neighbours' patches: patches and seconds."""
+    counts: list[int] = []
+    alone = seconds(lambda: counts.append(in_sub_blocks(model, block, cut, None)))
+    shared = seconds(lambda: counts.append(in_sub_blocks(model, block, cut, Kept())))
+    return {"sub_blocks_px": cut, "patches_alone_kept": counts, "seconds_alone_kept": [alone, shared]}
 
 
 def _one_process(weights: str, block: Target) -> None:
@@ -135,17 +171,24 @@ def main() -> None:
     """Measure and print one JSON object."""
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--weights", default="compact", help="a file, shipped weights, or a network's name")
-    asked.add_argument("--size", type=int, default=384)
+    asked.add_argument("--size", type=int, default=384, help="side of the block for the first figures")
     asked.add_argument("--dates", type=int, default=12)
     asked.add_argument("--bands", type=int, default=4)
     asked.add_argument("--cloud", type=float, default=0.35)
+    asked.add_argument(
+        "--cut", type=int, nargs="*", default=[512, 256], help="rows and columns of a sub-block; none: skip"
+    )
+    asked.add_argument("--area", type=int, default=1024, help="side of the block for all but the first figures")
     asked.add_argument("--repeats", type=int, default=5)
     given = asked.parse_args()
     model = network(given.weights)
     block = looks(given.size, given.dates, len(model.config.bands) or given.bands, given.cloud)
     out: dict[str, Any] = {"network": model.config.name, "estimates_halo_px": HALO_PX, **vars(given)}
     out |= beside_the_model(model, block, given.repeats)
-    out["two_processes_mpx_per_s"] = two_processes(given.weights, block)
+    area = looks(given.area, given.dates, len(model.config.bands) or given.bands, given.cloud)
+    if given.cut:
+        out |= little_memory(model, area, (given.cut[0], given.cut[1]))
+    out["two_processes_mpx_per_s"] = two_processes(given.weights, area)
     out["gpu"] = on_gpu(model) if torch.cuda.is_available() else "not measured, no device"
     print(json.dumps(out, indent=1))
 
