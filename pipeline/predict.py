@@ -126,16 +126,7 @@ def complete(
     wanted = inner.any(axis=0) & ~known
     if within is not None:
         wanted &= within
-    own = codes[:, :, rows, cols]
-    out = Completion(
-        np.zeros(own.shape[1:], np.uint16),
-        np.full(own.shape[1:], np.nan, np.float32),
-        np.zeros(known.shape, np.int32),
-        np.zeros(known.shape, bool),
-    )
-    if anchor is not None:
-        np.copyto(out.codes, own[anchor], where=known)
-        np.copyto(out.source_date, np.int32(target.day), where=known)
+    out = _observed(codes[:, :, rows, cols], anchor, known, target.day)
     lattice = lattice or lattice_of(model)
     first = target.row0 + rows.start, target.col0 + cols.start
     spots = patch_places(wanted, lattice, *first)
@@ -156,6 +147,20 @@ def complete(
             canvas.add(place, answer)
             kept.keep(key, answer, *here)
     canvas.finish()
+    return out
+
+
+def _observed(codes: NDArray[np.uint16], anchor: int | None, known: Flags, day: int) -> Completion:
+    """What the anchor shows, and nothing else."""
+    out = Completion(
+        np.zeros(codes.shape[1:], np.uint16),
+        np.full(codes.shape[1:], np.nan, np.float32),
+        np.zeros(known.shape, np.int32),
+        np.zeros(known.shape, bool),
+    )
+    if anchor is not None:
+        np.copyto(out.codes, codes[anchor], where=known)
+        np.copyto(out.source_date, np.int32(day), where=known)
     return out
 
 
