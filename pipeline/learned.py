@@ -34,7 +34,7 @@ _reading = threading.Lock()
 class LearnedOptions:
     """How a model is run."""
 
-    weights: str = "compact"
+    weights: str = "robust"
     """A file that ``cloudgate train`` wrote, or the name of weights that come with the package."""
     device: str = "auto"
     """auto (a GPU where there is one) | cpu | cuda."""
@@ -45,7 +45,7 @@ class LearnedOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, str) or not self.weights:
-            raise ConfigError(f"method.weights: a file or a name such as compact is needed, got {self.weights!r}")
+            raise ConfigError(f"method.weights: a file or a name such as robust is needed, got {self.weights!r}")
         if self.device not in DEVICES:
             raise ConfigError(f"method.device: {self.device!r} is none of {', '.join(DEVICES)}")
         if self.precision not in PRECISIONS:

@@ -61,7 +61,7 @@ def load_model(source: str | Path) -> Model:
     """Read a network with its weights.
 
     Args:
-        source: a file, or the name of weights that come with the package (``compact``).
+        source: a file, or the name of weights that come with the package (``robust``).
 
     Returns:
         The network in evaluation mode, float32 on the CPU.

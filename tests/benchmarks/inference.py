@@ -170,7 +170,7 @@ def on_gpu(model: Model) -> dict[str, float]:
 def main() -> None:
     """Measure and print one JSON object."""
     asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--weights", default="compact", help="a file, shipped weights, or a network's name")
+    asked.add_argument("--weights", default="robust", help="a file, shipped weights, or a network's name")
     asked.add_argument("--size", type=int, default=384, help="side of the block for the first figures")
     asked.add_argument("--dates", type=int, default=12)
     asked.add_argument("--bands", type=int, default=4)
