@@ -32,6 +32,9 @@ _SETTINGS: Final = {
     "distributed.worker.memory.terminate": 0.98,
     "distributed.admin.system-monitor.gil.enabled": False,
     "distributed.worker.profile.enabled": False,  # a look at every thread each 10 ms
+    # With Dask's 64 KB the C library hands every array back to the system, and its pages are faulted in anew.
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 128 << 20,
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 32 << 20,  # the most that glibc takes
 }
 ANSWER_S: Final = 20.0
 """A running scheduler answers within this."""

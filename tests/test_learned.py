@@ -303,7 +303,7 @@ def test_a_task_computes_each_patch_once_unless_a_read_failed(small, weights, mo
     monkeypatch.setattr(
         tiny_network.TinyNet, "forward", lambda self, *a, **k: (calls.append(1), forward(self, *a, **k))[1]
     )
-    whole, parts = (replace(asked, cut_px=cut) for cut in (asked.grid.shape, (64, 64)))
+    whole, parts = (replace(asked, cut_px=cut) for cut in (asked.grid.shape, (64, 128)))
     task = Task((0, height), (0, width), tuple(asked.grid.shards()))
     made, counts = {}, []
     for name, cut in (("whole", whole), ("parts", parts)):
