@@ -67,8 +67,8 @@ class PatchLattice:
 
     def used(self, place: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """[first, last) row and column of a patch that pixels are taken from, in the coordinates of its place."""
-        (top, bottom), (left, right) = ((at + self.border_px, at + self.reach_px) for at in place)
-        return (top, bottom), (left, right)
+        (row, col), first, last = place, self.border_px, self.reach_px
+        return (row + first, row + last), (col + first, col + last)
 
     def starts(self, start: int, stop: int) -> list[int]:
         """Where the patches begin whose used part meets [start, stop)."""

@@ -75,6 +75,8 @@ def test_local_cuda_gives_each_worker_one_gpu(monkeypatch):
     with connect(Cluster(kind="local-cuda"), memory_gb_per_worker=1) as client:
         client.wait_for_workers(2, timeout=60)
         assert sorted(client.run(_seen_gpu).values()) == [("0", 1), ("3", 1)]
+        kept = client.run(os.environ.get, "MALLOC_MMAP_THRESHOLD_")  # or each array's pages are faulted in anew
+        assert set(kept.values()) == {str(32 << 20)}
         pids = list(client.run(os.getpid).values())
     assert not any(alive(pid) for pid in pids)
 
