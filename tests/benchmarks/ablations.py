@@ -11,6 +11,7 @@ OUT/ablations.csv and prints a table.
 import argparse
 import csv
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,9 +64,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "small: MSE": {"model": SMALL, "loss": {"charbonnier": 0, "mse": 1}},
     "small: FEAT": {
         "model": SMALL,
-        "loss": {"charbonnier": 0, "feat": 1, "feat_groups": [["red", "green", "blue"]]},
+        "loss": {"charbonnier": 0, "feat": 1, "feat_groups": [["red", "green", "blue"], ["nir", "red", "green"]]},
     },
+    "small: Pix2Pix": {"model": SMALL, "loss": {"charbonnier": 1}, "fit": {"adversary": 0.01}},
     "small: paper samples, no prior": {"model": {"name": "small"}, "loss": {"charbonnier": 1}, "mode": "paper"},
+    "small: paper samples, no prior, target's clouds masked": {
+        "model": {"name": "small"},
+        "loss": {"charbonnier": 1},
+        "mode": "paper",
+        "fit": {"mask_target_clouds": True},
+    },
     "small: complete samples, no prior": {"model": {"name": "small"}, "loss": {"charbonnier": 1}},
 }
 MOST_LOOKS = 10
@@ -74,14 +82,21 @@ DATES = (1, 3, 6, 12, None)
 Row = dict[str, Any]
 
 
-def asked(out: Path, name: str, steps: int, batch: int) -> Training:
+def named(variant: str) -> str:
+    """The variant as a file's name."""
+    return re.sub(r"[^\w]+", "_", variant)
+
+
+def asked(out: Path, name: str, given: argparse.Namespace) -> Training:
     """TRAIN.yaml of a variant: the recipe with another network, loss or sample mode, and few steps."""
     variant = VARIANTS[name]
     mode = variant.get("mode", "complete")
-    folder = out / name.replace(":", "").replace(",", "").replace(" ", "_")
+    folder = out / named(name)
     base = load_training(RECIPE).model_dump(mode="json")
     base |= {"store": str(out / f"samples-{mode}"), "out": str(folder), "name": name, "model": variant["model"]}
     base["loss"] = variant.get("loss", base["loss"])
+    if base["loss"].get("feat") and given.vgg:
+        base["loss"] = base["loss"] | {"feat_weights": str(given.vgg)}
     base |= {"after": {}}  # what is changed in weights that ship
     base["split"]["test"] = [UNSEEN]
     base["cases"] |= {"mode": mode, "max_looks": MOST_LOOKS}
@@ -90,7 +105,7 @@ def asked(out: Path, name: str, steps: int, batch: int) -> Training:
         if source["simulate"]:
             source["simulate"]["seeds"] = places
     base["split"]["validation"] = [f"made-{100000 + places - 1}", f"missed-{200000 + places - 1}"]
-    base["fit"] |= {"epochs": 1, "epoch_steps": steps, "batch": batch}
+    base["fit"] |= {"epochs": 1, "epoch_steps": given.steps, "batch": given.batch} | variant.get("fit", {})
     return Training(**base)
 
 
@@ -142,7 +157,7 @@ def groups_of(samples: tuple[Sample, ...], training: Training, most: int) -> dic
 
 def one(out: Path, name: str, given: argparse.Namespace) -> Row:
     """Train and score a variant."""
-    training = asked(out, name, given.steps, given.batch)
+    training = asked(out, name, given)
     prepare(training)
     began = time.perf_counter()
     try:
@@ -152,7 +167,7 @@ def one(out: Path, name: str, given: argparse.Namespace) -> Row:
     took = time.perf_counter() - began
     size = sum(p.numel() for p in load_model(str(done.weights)).parameters())
     row = {"variant": name, "note": "", "steps": given.steps, "parameters": size, "training_s": round(took)}
-    complete = asked(out, "compact", given.steps, given.batch)
+    complete = asked(out, "compact", given)
     prepare(complete)
     groups = groups_of(open_store(complete.store).samples, complete, given.most)
     return row | scored(done.weights, training, groups, complete.store)
@@ -236,6 +251,7 @@ def main() -> None:
     wanted.add_argument("--steps", type=int, default=200)
     wanted.add_argument("--batch", type=int, default=4)
     wanted.add_argument("--most", type=int, default=60, help="samples of a group to score on")
+    wanted.add_argument("--vgg", type=Path, help="VGG16 for FEAT, a safetensors file as loss.feat_weights takes it")
     wanted.add_argument("--only", nargs="*", help="variants, default all")
     wanted.add_argument("--weights", default="compact", help="for the number of dates")
     wanted.add_argument("--paper", type=int, default=0, metavar="STEPS", help="train the paper's network so long")
@@ -247,7 +263,7 @@ def main() -> None:
     if given.paper:
         work = {"paper": lambda: [paper(given.out, given.paper)]} | work
     for name, run in work.items():
-        path = given.out / "rows" / f"{name.replace(':', '').replace(' ', '_')}.json"
+        path = given.out / "rows" / f"{named(name)}.json"
         if not path.is_file():
             if given.only is not None and name not in given.only:
                 continue
