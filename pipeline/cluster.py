@@ -19,7 +19,7 @@ from typing import Any, Final
 import dask
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
-from pipeline.cluster_specs import dask_cluster, forwarded, slurm_arguments
+from pipeline.cluster_specs import ALLOCATOR, dask_cluster, forwarded, slurm_arguments
 from pipeline.config import Cluster
 from pipeline.errors import ConfigError, RunError
 from pipeline.redaction import without_secrets
@@ -32,9 +32,7 @@ _SETTINGS: Final = {
     "distributed.worker.memory.terminate": 0.98,
     "distributed.admin.system-monitor.gil.enabled": False,
     "distributed.worker.profile.enabled": False,  # a look at every thread each 10 ms
-    # With Dask's 64 KB the C library hands every array back to the system, and its pages are faulted in anew.
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 128 << 20,
-    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 32 << 20,  # the most that glibc takes
+    **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()},
 }
 ANSWER_S: Final = 20.0
 """A running scheduler answers within this."""
@@ -213,7 +211,7 @@ def _gateway(spec: Cluster, _memory_gb: float) -> Iterator[Client]:
         wanted = {**spec.options}
         known = gateway.cluster_options()
         if "environment" in known:
-            wanted["environment"] = {**forwarded(), **dict(wanted.get("environment", {}))}
+            wanted["environment"] = {**ALLOCATOR, **forwarded(), **dict(wanted.get("environment", {}))}
         if unknown := sorted(set(wanted) - set(known)):
             raise ConfigError(
                 f"cluster.options: the gateway knows no {', '.join(unknown)}; it knows {', '.join(known) or 'none'}"

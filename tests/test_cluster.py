@@ -19,7 +19,7 @@ from jsonschema import Draft7Validator
 
 from pipeline import cluster
 from pipeline.cluster import connect
-from pipeline.cluster_specs import dask_cluster, forwarded, slurm_arguments
+from pipeline.cluster_specs import ALLOCATOR, dask_cluster, forwarded, slurm_arguments
 from pipeline.config import Cluster
 from pipeline.errors import ConfigError, RunError
 from pipeline.redaction import without_secrets
@@ -63,6 +63,13 @@ def _seen_gpu(dask_worker: Any) -> tuple[str, float]:
     return os.environ["CUDA_VISIBLE_DEVICES"], dask_worker.state.total_resources["GPU"]
 
 
+def allocators(client: Any) -> list[dict[str, str]]:
+    """What workers have, those that agree once."""
+    found = {name: client.run(os.environ.get, name) for name in ALLOCATOR}
+    each = [{name: of[worker] for name, of in found.items()} for worker in next(iter(found.values()))]
+    return [one for i, one in enumerate(each) if one not in each[:i]]
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -75,8 +82,7 @@ def test_local_cuda_gives_each_worker_one_gpu(monkeypatch):
     with connect(Cluster(kind="local-cuda"), memory_gb_per_worker=1) as client:
         client.wait_for_workers(2, timeout=60)
         assert sorted(client.run(_seen_gpu).values()) == [("0", 1), ("3", 1)]
-        kept = client.run(os.environ.get, "MALLOC_MMAP_THRESHOLD_")  # or each array's pages are faulted in anew
-        assert set(kept.values()) == {str(32 << 20)}
+        assert allocators(client) == [ALLOCATOR]
         pids = list(client.run(os.getpid).values())
     assert not any(alive(pid) for pid in pids)
 
@@ -204,6 +210,7 @@ def test_the_slurm_script():
     for line in (
         "#SBATCH -p gpu", "#SBATCH -A eo", "#SBATCH --cpus-per-task=2", "#SBATCH --mem=8G", "#SBATCH -t 02:00:00",
         "#SBATCH --gpus-per-task=1", "export GDAL_HTTP_PROXY='http://proxy:1 2'",
+        *(f"export {name}={value}" for name, value in ALLOCATOR.items()),
     ):  # fmt: skip
         assert line in script.splitlines(), script
     assert "--resources GPU=1" in script
@@ -241,23 +248,26 @@ def test_the_dask_cluster_resource_is_what_the_operator_knows():
     (container,) = made["spec"]["worker"]["spec"]["containers"]
     assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
     assert container["resources"]["limits"] == {"memory": "4400M", "nvidia.com/gpu": "1"}
-    assert {"name": "GDAL_CACHEMAX", "value": "64"} in container["env"]
+    assert {one["name"]: one["value"] for one in container["env"]} == {**ALLOCATOR, "GDAL_CACHEMAX": "64"}
     assert made["spec"]["idleTimeout"] == 600
     container["imagee"] = "typo"
     assert any("imagee" in e.message for e in check.iter_errors(made))
 
 
 def test_the_workers_command_line_is_one_dask_knows(scheduler, tmp_path):
-    """The arguments of the container start a real worker."""
+    """The arguments and environment of the container start a real worker."""
     spec = Cluster(kind="kubernetes", image="x", resources={"GPU": 1})
     made = dask_cluster(spec, name="n", memory_gb=1, environment={})
-    arguments = made["spec"]["worker"]["spec"]["containers"][0]["args"]
+    (container,) = made["spec"]["worker"]["spec"]["containers"]
+    arguments = container["args"]
     arguments = [a.replace("$(DASK_WORKER_NAME)", "w1").replace("8788", "127.0.0.1:0") for a in arguments]
     arguments[arguments.index("/tmp")] = str(tmp_path)
-    with dask(*arguments[1:], scheduler, log=tmp_path / "log"):
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    with dask(*arguments[1:], scheduler, env=environment, log=tmp_path / "log"):
         with connect(Cluster(kind="address", address=scheduler, wait_s=60), memory_gb_per_worker=1) as client:
             (worker,) = client.scheduler_info()["workers"].values()
             assert (worker["name"], worker["nthreads"], worker["resources"]) == ("w1", 1, {"GPU": 1})
+            assert allocators(client) == [ALLOCATOR]  # before Dask's own
 
 
 @untidy
