@@ -1,6 +1,6 @@
 """The network that ships: any bands in any order, exact where it must be, kriging equal to its textbook formula."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -55,6 +55,21 @@ def test_any_number_of_bands_in_any_order(bands):
     torch.testing.assert_close(turned.weights, there.weights[:, :, order], atol=1e-5, rtol=1e-4)
     assert there.image.shape == given.prior.shape
     assert (there.sigma > 0).all()
+
+
+def test_whoever_shares_the_batch_changes_nothing():
+    """One target shows nothing clear, the other does: the kriging of the first must not depend on the second."""
+    given = batch(bands=3, size=(16, 20))
+    known, context = given.known.clone(), given.context.clone()
+    known[0], context[0, DISTANCE] = 0.0, 0.1
+    both = replace(given, known=known, context=context)
+    model = trained(doubt=True, middle=True, yields=True)
+    with torch.inference_mode():
+        together = model(both)
+        for i in range(2):
+            alone = model(Batch(**{f.name: getattr(both, f.name)[i : i + 1] for f in fields(Batch)}))
+            for name in ("image", "aggregate", "sigma"):
+                torch.testing.assert_close(getattr(together, name)[i : i + 1], getattr(alone, name))
 
 
 def test_untrained_it_answers_with_the_prior_or_the_kriging():

@@ -144,7 +144,10 @@ class Compact(Model):
                 keys=self.config.keys_training if self.training else self.config.keys,
                 learned_at=self.config.learned_at if self.training else None,
             )
-            kriged, left = torch.where(gap > 0, fit + correction, batch.prior), left * (1.0 - batch.known)
+            # each target by itself: whoever shares the batch must not change what it gets
+            has = usable.flatten(1).any(dim=1)[:, None, None, None]
+            kriged = torch.where(has & (gap > 0), fit + correction, batch.prior)
+            left = torch.where(has, left * (1.0 - batch.known), 1.0)
         return torch.cat([batch.estimates, *(m[:, None] for m in (*more, kriged))], dim=1), left, about
 
     def _look_shares(self, batch: Batch, shares: Tensor) -> Tensor:
