@@ -31,6 +31,8 @@ time, something happened in the gap."""
 GAP_DAYS: Final = (5, 15, 30)
 LOOKS: Final = (1, 3, 6, 10)
 NINETY: Final = 1.645
+CASES: Final = "cases.csv"
+SUMMARY: Final = "summary.csv"
 
 Flags = NDArray[np.bool_]
 Row = dict[str, Any]
@@ -80,8 +82,10 @@ def evaluate(asked: Evaluation, *, progress: Progress | None = None) -> Report:
     for one in asked.sets:
         for series_cases in _groups(asked, one):
             _score_group(asked, *series_cases, report, progress)
-    _write(asked.out / "cases.csv", report.rows, report)
-    _write(asked.out / "summary.csv", report.summary, report)
+            # after each group: a later one without a case, or a kill, takes nothing away
+            _write(asked.out / CASES, report.rows)
+            _write(asked.out / SUMMARY, report.summary)
+    report.files += [asked.out / CASES, asked.out / SUMMARY]
     return report
 
 
@@ -330,10 +334,9 @@ def _core(series: Series) -> Flags:
     return inside
 
 
-def _write(path: Path, rows: list[Row], report: Report) -> None:
+def _write(path: Path, rows: list[Row]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    report.files.append(path)

@@ -143,6 +143,16 @@ class Split(_Base):
     gap_days: int = Field(30, ge=0, description="targets nearer than this to another part's time block are not used")
     share: float = Field(0.2, gt=0, lt=1, description="of places or time that validates where nothing is named")
 
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        one, other = self.validation_time, self.test_time
+        if one and other and one.start <= other.end and other.start <= one.end:
+            raise ValueError(
+                f"validation_time ({one.start} to {one.end}) and test_time ({other.start} to {other.end}) overlap; the "
+                "best network would be chosen on dates that test it"
+            )
+        return self
+
 
 class Fit(_Base):
     """How the weights are found; the defaults are the paper's schedule (Oehmcke et al. 2020, section 4.1.2)."""
@@ -207,6 +217,7 @@ class Training(_Base):
     @model_validator(mode="after")
     def _sources(self) -> Self:
         _check_sources(self.sources, self.bands)
+        _check_seeds(self.sources)
         if self.start is not None and Path(self.start).parent.resolve() == self.out.resolve():
             raise ValueError(f"start: {self.start} lies in out, where this training writes its own; name another out")
         return self
@@ -263,7 +274,10 @@ class Evaluation(_Base):
         labels = [label(method) for method in self.methods]
         twice = {name for name in labels if labels.count(name) > 1}
         if twice:
-            raise ValueError(f"methods: {', '.join(sorted(twice))} twice; give options that tell them apart")
+            raise ValueError(
+                f"methods: {', '.join(sorted(twice))} twice; give options that tell them apart (weights "
+                "are known by their file's name, those called weights by their folder's too: name them otherwise)"
+            )
         if self.reference not in labels:
             raise ValueError(f"reference: {self.reference!r} is not among the methods {', '.join(labels)}; add it")
         return self
@@ -295,6 +309,19 @@ def _check_sources(sources: Sequence[Source], bands: Sequence[str]) -> None:
     unknown = [band for band in bands if band not in SIM_BANDS]
     if unknown and any(source.simulate for source in sources):
         raise ValueError(f"bands: {', '.join(unknown)} cannot be simulated; choose from {', '.join(SIM_BANDS)}")
+
+
+def _check_seeds(sources: Sequence[Source]) -> None:
+    """The ground of a simulated place is its seed's, whatever the source is called: no two sources draw the same."""
+    drawn = [(s.name, s.simulate.first_seed, s.simulate.first_seed + s.simulate.seeds) for s in sources if s.simulate]
+    for i, (one, first, stop) in enumerate(drawn):
+        for other, start, end in drawn[:i]:
+            if first < end and start < stop:
+                raise ValueError(
+                    f"sources: {other} (seeds {start} to {end - 1}) and {one} ({first} to {stop - 1}) draw the same "
+                    "places, so that one could learn what the other validates; "
+                    f"give {one} a first_seed of {end} or more"
+                )
 
 
 def load_training(path: Path | str, *, overrides: Sequence[str] = ()) -> Training:

@@ -5,6 +5,7 @@ dropped looks are functions of (seed, epoch, number of the sample), so that a re
 one would have seen.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Self
@@ -17,11 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from xbatcher import BatchGenerator
 
+from pipeline import estimates
 from pipeline.bands import CODE_NODATA, CODE_OFFSET, CODE_SCALE
 from pipeline.cases import CLOUD, SHADOW, VOID
-from pipeline.learnfile import Fit
+from pipeline.errors import StoreMismatchError
+from pipeline.learnfile import Fit, Training
 from pipeline.models.batch import Batch
-from pipeline.samples import ARRAYS, Sample, Store, patch_dims
+from pipeline.samples import ARRAYS, Sample, Store, open_store, patch_dims, sources_of
 
 LEAST_LOOKS: Final = 3
 
@@ -29,11 +32,52 @@ Key = tuple[int, int]
 """(epoch, number of the sample)."""
 
 
+def checked_store(training: Training) -> Store:
+    """The store of a training.
+
+    Raises:
+        StoreMismatchError: it is not there, not finished, or holds samples of another request.
+    """
+    store = open_store(training.store)
+    bands = tuple(store.about["bands"])
+    if bands != training.bands:
+        raise StoreMismatchError(
+            f"store: {training.store} holds {', '.join(bands)}, and bands are {', '.join(training.bands)}; prepare "
+            "another store, or make them the same"
+        )
+    if store.about["cases"] != json.loads(training.cases.model_dump_json()):
+        raise StoreMismatchError(
+            f"store: {training.store} was prepared with other cases; name another store, or start over with "
+            "`cloudgate train --prepare --restart`"
+        )
+    prepared, asked = sources_of(store.about), sources_of(json.loads(training.model_dump_json()))
+    for one in asked:
+        del one["weight"]  # how often a sample serves is not what it is
+    if prepared != asked:
+        other = [one["name"] for one in asked if one not in prepared] or [one["name"] for one in prepared]
+        raise StoreMismatchError(
+            f"store: {training.store} was prepared with other sources ({', '.join(other)}); name another store, or "
+            "start over with `cloudgate train --prepare --restart`"
+        )
+    if store.about.get("version") != estimates.VERSION:
+        raise StoreMismatchError(
+            f"store: {training.store} holds estimates of version {store.about.get('version', 1)}, and this program "
+            f"gives {estimates.VERSION}; prepare it again with `cloudgate train --prepare --restart`"
+        )
+    for name, now in (("estimates", estimates.ESTIMATES), ("context", estimates.CONTEXT)):
+        if tuple(store.about[name]) != now:
+            raise StoreMismatchError(
+                f"store: {training.store} holds the {name} {', '.join(store.about[name])}, and this version gives "
+                f"{', '.join(now)}; prepare it again with `cloudgate train --prepare --restart`"
+            )
+    return store
+
+
 class Patches(Dataset[dict[str, Any]]):
     """Samples of a store by (epoch, number); each a dict of numpy arrays as they are stored, augmented.
 
     Args:
-        store: from ``open_store``.
+        store: from ``checked_store``.
         numbers: of the samples that serve.
         seed: of augmentation and dropped looks.
         fit: which of them; None leaves samples as they are (validation).

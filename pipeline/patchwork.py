@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.bands import CODE_OFFSET, CODE_SCALE
-from pipeline.errors import ConfigError
 from pipeline.estimates import CONTEXT, FIT_REACH_PX, HALO_PX, Estimates, Target, estimate
 from pipeline.models.batch import Batch
 
@@ -40,13 +39,6 @@ class PatchLattice:
     stride_px: int = 96
     border_px: int = 8
     shift_px: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ramp_px <= self.stride_px:
-            raise ConfigError(
-                f"patches of {self.patch_px} px every {self.stride_px} px without {self.border_px} px of border do "
-                "not overlap once everywhere; choose a stride between half the patch and the patch without borders"
-            )
 
     @property
     def ramp_px(self) -> int:

@@ -58,7 +58,7 @@ def prepare(training: Training, *, restart: bool = False, progress: Progress | N
     """
     progress = progress or Silent()
     store, about = training.store, _about(training)
-    if restart and store.exists():
+    if restart and (store / ABOUT).is_file():  # a training store, and nobody's other folder
         shutil.rmtree(store)
     _check_identity(store, about)
     found = [(source.name, place) for source in training.sources for place in _places(training, source.name)]
@@ -77,7 +77,8 @@ def prepare(training: Training, *, restart: bool = False, progress: Progress | N
         progress.step(1)
     for source, count in counts.items():
         if not count:
-            raise NothingClearError(_nothing(training, source))
+            cut = sum(len(done_cases(store / place.name)) for name, place in found if name == source)
+            raise NothingClearError(_no_patch(training, source, cut) if cut else _nothing(training, source))
     write_whole(store / COMPLETE, json.dumps({"groups": groups}, indent=1).encode())
     return Prepared(store, sum(counts.values()), counts, kept)
 
@@ -132,6 +133,15 @@ def _nothing(training: Training, source: str) -> str:
         f"source {source}: no sample can be cut: no date is clear enough to learn from (bad share under "
         f"{rules.target_max_bad:g}, two more looks within {rules.window_days} days), or no date has clouds to paste; "
         "widen the time span, raise cases.target_max_bad, or look at the masks"
+    )
+
+
+def _no_patch(training: Training, source: str, cut: int) -> str:
+    rules = _rules(training, source)
+    return (
+        f"source {source}: {cut} dates could be learned from, but none of their patches of {rules.patch_px} px serves: "
+        f"one needs known ground on {100 * rules.min_valid:g} % of its pixels (an area smaller than a patch has less) "
+        f"and a gap on {100 * rules.min_hole:g} %; lower cases.patch_px, min_valid or min_hole, or take a larger area"
     )
 
 

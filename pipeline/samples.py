@@ -4,6 +4,7 @@ One folder a place, with ``arrays.zarr`` (one chunk a patch) and a line for each
 Python: no pixel is read here.
 """
 
+import copy
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,18 @@ def done_cases(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def sources_of(asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of a request by what they are; where this machine keeps their files is nobody's business."""
+    out: list[dict[str, Any]] = copy.deepcopy(asked["sources"])
+    for source in out:
+        job = source["job"]
+        if isinstance(job, str):
+            source["job"] = Path(job).name
+        elif job and isinstance(job.get("catalog"), str) and "://" not in job["catalog"]:
+            job["catalog"] = "/".join(Path(job["catalog"]).parts[-2:])
+    return out
+
+
 def split_samples(samples: Sequence[Sample], split: Split, *, seed: int) -> dict[str, list[int]]:
     """Numbers of the samples that train, validate and test; no place or time block serves two ends.
 
@@ -127,7 +140,8 @@ def split_samples(samples: Sequence[Sample], split: Split, *, seed: int) -> dict
             count = max(1, round(split.share * len(rest)))
             validation = {rest[i] for i in np.random.default_rng([seed, 5]).permutation(len(rest))[:count]}
         else:
-            last = sorted(s.day for s in samples if s.place not in split.test)
+            tested = spans.get("test", (0, -1))
+            last = sorted(s.day for s in samples if s.place not in split.test and not tested[0] <= s.day <= tested[1])
             spans["validation"] = (last[int(len(last) * (1 - split.share))], last[-1]) if last else (0, 0)
     parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for number, sample in enumerate(samples):
@@ -159,7 +173,7 @@ def _part(
     inside = [name for name, (first, last) in spans.items() if first <= sample.day <= last]
     near = [name for name, (first, last) in spans.items() if first - gap <= sample.day <= last + gap]
     if by_place == "train":
-        return inside[0] if inside and near == inside else None if near else "train"
+        return inside[0] if len(inside) == 1 and near == inside else None if near else "train"
     return by_place if not near or near == [by_place] else None
 
 

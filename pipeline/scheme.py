@@ -72,36 +72,58 @@ class Scheme:
         Raises:
             NotFiniteError: the loss or its gradient is no number; the network is left as it was.
         """
+        modules = [self.net] if self.judge is None else [self.net, self.judge]
+        before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]  # running means
+        try:
+            return self._moved(lesson, rate)
+        except NotFiniteError:
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+            raise
+
+    def _moved(self, lesson: Lesson, rate: float) -> dict[str, float]:
         self.net.train()
         for part in self.frozen:
             part.eval()  # their running means stay too
         counts = lesson_weight(lesson, self.fit, self.paper)
         made = self.answer(lesson.given)
         loss, terms = self.loss(made, lesson.truth, counts, prior=lesson.given.prior)
-        known = ((lesson.hole + lesson.seen) > 0).float()
-        image = made.image.float()
-        if self.judge is not None:
-            fooled = self.judge(_mapping(lesson.given), lesson.truth, image, known, fool=True)
+        if self.judge is None:
+            self._grade(loss, self.net, self.optimizer)
+            _descend(self.optimizer, rate)
+        else:
+            known = ((lesson.hole + lesson.seen) > 0).float()
+            given, image = _mapping(lesson.given), made.image.float()
+            fooled = self.judge(given, lesson.truth, image, known, fool=True)
             terms["adversary"] = fooled.detach()
             loss = loss + self.fit.adversary * fooled
-        self._move(loss, self.net, self.optimizer, rate)
-        if self.judge is not None:
-            caught = self.judge(_mapping(lesson.given), lesson.truth, image.detach(), known, fool=False)
-            self._move(caught, self.judge, self.judge_optimizer, rate)
+            self._grade(loss, self.net, self.optimizer)
+            caught = self.judge(given, lesson.truth, image.detach(), known, fool=False)
+            self._grade_and_descend(caught, rate)
         return {"loss": float(loss.detach())} | {name: float(value) for name, value in terms.items()}
 
-    def _move(self, loss: Tensor, net: nn.Module, optimizer: Any, rate: float) -> None:
-        if not torch.isfinite(loss):
-            raise NotFiniteError(f"the loss is {float(loss.detach())}")
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["pace"]
+    def _grade_and_descend(self, caught: Tensor, rate: float) -> None:
+        """Both networks move, or neither; the network's gradient is there already."""
+        judge = cast(nn.Module, self.judge)
+        if self.fit.precision == "16-mixed":  # its scaler takes one optimiser after the other, and skips bad gradients
+            _check(caught)
+            _descend(self.optimizer, rate)
+            self._grade(caught, judge, self.judge_optimizer)
+        else:
+            self._grade(caught, judge, self.judge_optimizer)
+            _descend(self.optimizer, rate)
+        _descend(self.judge_optimizer, rate)
+
+    def _grade(self, loss: Tensor, net: nn.Module, optimizer: Any) -> None:
+        """The gradient of a loss, clipped."""
+        _check(loss)
         optimizer.zero_grad()
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(net, optimizer, max_norm=self.fit.clip, error_if_nonfinite=False)
         # with 16-bit floats an overflow is usual: the scaler skips the step and lowers the scale
         if norm is not None and not torch.isfinite(norm) and self.fit.precision != "16-mixed":
             raise NotFiniteError(f"the gradient's norm is {float(norm)}")
-        optimizer.step()
 
     def answer(self, given: Batch) -> Completed:
         """The network's answer to a batch."""
@@ -121,6 +143,17 @@ class Scheme:
         if self.judge is not None:
             self.judge.load_state_dict(state["judge"])
             self.judge_optimizer.load_state_dict(state["judge_optimizer"])
+
+
+def _check(loss: Tensor) -> None:
+    if not torch.isfinite(loss):
+        raise NotFiniteError(f"the loss is {float(loss.detach())}")
+
+
+def _descend(optimizer: Any, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["pace"]
+    optimizer.step()
 
 
 class _Plain(nn.Module):

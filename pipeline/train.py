@@ -8,7 +8,8 @@ training takes the very steps the interrupted one would have taken. Imports neit
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,16 +21,16 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pipeline import estimates, models
+from pipeline import models
 from pipeline.curves import draw_curves
-from pipeline.errors import ConfigError, RunError, StoreMismatchError
+from pipeline.errors import ConfigError, RunError
 from pipeline.exam import exam_pixels, scores, timed, undistorted
 from pipeline.learnfile import Training
 from pipeline.models import weights
 from pipeline.models.batch import Model
-from pipeline.patches import Lesson, Order, Patches, collate
+from pipeline.patches import Lesson, Order, Patches, checked_store, collate
 from pipeline.report import Progress, Silent
-from pipeline.samples import Sample, Store, open_store, split_samples
+from pipeline.samples import Sample, Store, sources_of, split_samples
 from pipeline.scheme import NotFiniteError, Scheme
 from pipeline.training_folder import CURVES, EPOCHS, STATE, STEPS, WEIGHTS, Records, State, unreadable
 
@@ -83,7 +84,7 @@ class Course:
 
     def __init__(self, training: Training, *, restart: bool = False) -> None:
         self.training, self.fit = training, training.fit
-        self.store = _checked_store(training)
+        self.store = checked_store(training)
         self.parts = split_samples(self.store.samples, training.split, seed=training.seed)
         self.parts["train"] = _weighted(self.parts["train"], self.store.samples, training)
         self.fabric = _fabric(training)
@@ -115,29 +116,26 @@ class Course:
         began, fit, state = time.perf_counter(), self.fit, self.state
         train = self._loader("train", self.order, learn=True)
         exam = self._loader("validation", self.exam, learn=False)
-        counts = ", ".join(f"{len(numbers)} {part}" for part, numbers in self.parts.items())
+        counts = ", ".join(f"{len(numbers)} {part}{self._by_source(numbers)}" for part, numbers in self.parts.items())
         size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         progress.say(f"{counts} samples; {size:,} parameters; from epoch {state.epoch + 1} of {fit.epochs}")
         progress.begin("epochs", fit.epochs)
         if state.epoch:
             progress.step(state.epoch)
-        stopped = state.ended
-        while not stopped and state.epoch < fit.epochs:
+        stopped, state.ended = "", self._ended()  # a patience that was raised since goes on
+        while not (stopped or state.ended):
             limit = math.inf if fit.max_minutes is None else began + 60 * fit.max_minutes
             if not self._epoch(train, limit):
                 stopped = f"{fit.max_minutes:g} minutes are over"
                 break
             row = self._examine(exam)
             self._finish_epoch(row)
-            if time.perf_counter() > limit and state.epoch < fit.epochs:
+            state.ended = self._ended()
+            if time.perf_counter() > limit and not state.ended:
                 stopped = f"{fit.max_minutes:g} minutes are over"
             progress.step(1)
             progress.say(_line(row, state))
-            if fit.patience is not None and state.epoch - 1 - state.best_epoch >= fit.patience:
-                stopped = state.ended = f"no better validation for {fit.patience} epochs"
             self._save()
-        if not stopped:
-            stopped = state.ended = f"{fit.epochs} epochs done"
         self._save()
         if self.fabric.is_global_zero:
             draw_curves(state.epochs, self.training.out / CURVES, title=self.training.name)
@@ -148,11 +146,20 @@ class Course:
             state.epoch,
             state.step,
             best,
-            stopped,
+            stopped or state.ended,
             bool(state.ended),
             wait,
             time.perf_counter() - began,
         )
+
+    def _ended(self) -> str:
+        """Why there is nothing left to do; empty where there is."""
+        state, fit = self.state, self.fit
+        if state.epoch >= fit.epochs:
+            return f"{fit.epochs} epochs done"
+        if fit.patience is not None and state.epoch - 1 - state.best_epoch >= fit.patience:
+            return f"no better validation for {fit.patience} epochs"
+        return ""
 
     def _epoch(self, loader: DataLoader[Any], limit: float) -> bool:
         """The rest of an epoch; False where time ran out."""
@@ -220,20 +227,27 @@ class Course:
     def _card(self, row: Mapping[str, float]) -> dict[str, Any]:
         """What the weights say about themselves."""
         training, places = self.training, {part: self._places(part) for part in self.parts}
+        asked = json.loads(training.model_dump_json())
         return {
             "name": training.name,
             "bands": list(training.bands),
             "data": {
                 "samples": {part: len(numbers) for part, numbers in self.parts.items()},
                 "places": places,
-                "sources": _sources(training),
+                "sources": {"sources": sources_of(asked), "cases": asked["cases"]},
             },
-            "recipe": json.loads(training.model_dump_json(include={"model", "after", "loss", "fit", "split"})),
+            "recipe": {name: asked[name] for name in ("model", "after", "loss", "fit", "split")},
             "start": self.start,
             "seed": training.seed,
             "scores": dict(row),
             "versions": {name: version(name) for name in ("cloudgate", "torch", "lightning")},
         }
+
+    def _by_source(self, numbers: Sequence[int]) -> str:
+        """How many samples each source gives; nothing where there is one source."""
+        names = [source.name for source in self.training.sources]
+        found = Counter(_source(self.store.samples[number].place, names) for number in numbers)
+        return f" ({', '.join(f'{found[name]} {name}' for name in names)})" if len(names) > 1 and numbers else ""
 
     def _places(self, part: str) -> list[str]:
         return sorted({self.store.samples[number].place for number in self.parts[part]})
@@ -275,10 +289,14 @@ def _weighted(numbers: Sequence[int], samples: Sequence[Sample], training: Train
     rng = np.random.default_rng([training.seed, 21])
     out: list[int] = []
     for number in numbers:
-        place = samples[number].place
-        weight = weights[place if place in weights else place.rpartition("-")[0]]
+        weight = weights[_source(samples[number].place, weights)]
         out += [number] * (int(weight) + bool(rng.random() < weight % 1))
     return out
+
+
+def _source(place: str, names: Container[str]) -> str:
+    """Simulated places are called ``source-seed``, an area as its source."""
+    return place if place in names else place.rpartition("-")[0]
 
 
 def _saved(model: Model, training: Training) -> Model:
@@ -296,9 +314,9 @@ def _saved(model: Model, training: Training) -> Model:
 
 
 def _gamma(model: nn.Module) -> float:
-    """The fusion network's scalar, NaN where there is none."""
-    found = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "gamma" and p.numel() == 1]
-    return float(found[-1].detach()) if found else math.nan
+    """The residual network's weight, NaN where there is none; attention has a gamma of its own, deeper inside."""
+    gamma = getattr(model, "gamma", None)
+    return float(gamma.detach()) if isinstance(gamma, torch.Tensor) else math.nan
 
 
 def _fabric(training: Training) -> Fabric:
@@ -314,33 +332,6 @@ def _fabric(training: Training) -> Fabric:
             f"fit: this machine cannot do accelerator {fit.accelerator}, devices {fit.devices}, "
             f"strategy {fit.strategy}, precision {precision}: {error}"
         ) from error
-
-
-def _checked_store(training: Training) -> Store:
-    store = open_store(training.store)
-    bands = tuple(store.about["bands"])
-    if bands != training.bands:
-        raise StoreMismatchError(
-            f"store: {training.store} holds {', '.join(bands)}, and bands are {', '.join(training.bands)}; prepare "
-            "another store, or make them the same"
-        )
-    if store.about["cases"] != json.loads(training.cases.model_dump_json()):
-        raise StoreMismatchError(
-            f"store: {training.store} was prepared with other cases; name another store, or start over with "
-            "`cloudgate train --prepare --restart`"
-        )
-    if store.about.get("version") != estimates.VERSION:
-        raise StoreMismatchError(
-            f"store: {training.store} holds estimates of version {store.about.get('version', 1)}, and this program "
-            f"gives {estimates.VERSION}; prepare it again with `cloudgate train --prepare --restart`"
-        )
-    for name, now in (("estimates", estimates.ESTIMATES), ("context", estimates.CONTEXT)):
-        if tuple(store.about[name]) != now:
-            raise StoreMismatchError(
-                f"store: {training.store} holds the {name} {', '.join(store.about[name])}, and this version gives "
-                f"{', '.join(now)}; prepare it again with `cloudgate train --prepare --restart`"
-            )
-    return store
 
 
 _FREE: Final = (
@@ -365,18 +356,6 @@ def _request(training: Training, store: Store) -> dict[str, Any]:
     if not training.after:
         del asked["after"]
     return {**asked, "weights": {source.name: source.weight for source in training.sources}, "store": store.about}
-
-
-def _sources(training: Training) -> dict[str, Any]:
-    """Sources and cases for the card; where this machine keeps their files is nobody's business."""
-    asked: dict[str, Any] = json.loads(training.model_dump_json(include={"sources", "cases"}))
-    for source in asked["sources"]:
-        job = source["job"]
-        if isinstance(job, str):
-            source["job"] = Path(job).name
-        elif job and isinstance(job.get("catalog"), str) and Path(job["catalog"]).is_absolute():
-            job["catalog"] = "/".join(Path(job["catalog"]).parts[-2:])
-    return asked
 
 
 def _line(row: Mapping[str, float], state: State) -> str:

@@ -26,6 +26,7 @@ class Pupil(Model):
         self.net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Mish(), nn.Conv2d(8, 1, 3, padding=1))
         self.gamma = nn.Parameter(torch.zeros(()))
         self.offset = nn.Parameter(torch.tensor(config.wrong))
+        self.register_buffer("running", torch.zeros(()))
         self.passes = 0
 
     def forward(self, batch: Batch, *, with_weights: bool = False) -> Completed:
@@ -35,6 +36,8 @@ class Pupil(Model):
         self.passes += self.training
         if self.training and 0 <= self.config.poison < self.passes:
             step = step * torch.nan
+        if self.training:  # as batch norm's mean: the forward pass alone moves it
+            self.running.lerp_(step.detach().mean(), 0.1)
         share = batch.steps[:, :, None, None, None] * torch.ones_like(batch.looks)
         weights = share / share.sum(dim=1, keepdim=True) if with_weights else None
         return Completed(batch.prior + self.offset + self.gamma * step * batch.scale, batch.prior, weights)

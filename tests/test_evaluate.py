@@ -104,6 +104,8 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     overcast = {"cloud_fraction_mean": [0.95, 0.95], "cloud_fraction_concentration": [200, 200]}
     grey = {"name": "grey", "simulate": SIMULATED | {"vary": overcast}, "tasks": ["predict"]}
     with pytest.raises(NothingClearError, match="set grey: there is no case to score"):
-        evaluate(asked(tmp_path, sets=[grey]))
+        evaluate(asked(tmp_path, sets=[{"name": "sim", "simulate": SIMULATED, "tasks": ["predict"]}, grey]))
+    with (tmp_path / "cases.csv").open(newline="") as file:
+        assert {row["set"] for row in csv.DictReader(file)} == {"sim"}  # what was done before it stays
     with pytest.raises(WeightsError, match=r"none\.safetensors"):
         evaluate(asked(tmp_path, methods=["regression", {"name": "timegate", "weights": "none.safetensors"}]))

@@ -45,6 +45,19 @@ def written(folder: Path, fields: dict[str, Any]) -> Path:
         ({"cases": {"patch_px": 50}}, "cases.patch_px"),
         ({"start": "model/weights.safetensors", "out": "model"}, "lies in out, where this training writes its own"),
         ({"split": {"validation_time": {"start": "2020-02-01", "end": "2020-01-01"}}}, "is before start"),
+        (
+            {
+                "split": {
+                    "validation_time": {"start": "2020-01-01", "end": "2020-03-01"},
+                    "test_time": {"start": "2020-03-01", "end": "2020-04-01"},
+                }
+            },
+            "overlap; the best network would be chosen on dates that test it",
+        ),
+        (
+            {"sources": [{"name": "a", "simulate": {}}, {"name": "b", "simulate": {"first_seed": 1019}}]},
+            "a (seeds 1000 to 1019) and b (1019 to 1038) draw the same places",
+        ),
     ],
 )
 def test_a_fault_of_the_file_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -66,6 +79,10 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"methods": ["linear", "linear"]}, "linear twice"),
+        (
+            {"methods": [{"name": "timegate", "weights": f"{at}/model/weights.safetensors"} for at in "ab"]},
+            "timegate (model/weights) twice; give options that tell them apart (weights are known by their file's name",
+        ),
         ({"methods": ["linear"]}, "reference: 'regression' is not among the methods"),
         ({"methods": ["linear", "regresion"]}, "did you mean 'regression'?"),
         ({"sets": [{"name": "a", "simulate": {}, "tasks": ["guess"]}]}, "tasks"),

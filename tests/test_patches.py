@@ -182,6 +182,9 @@ def test_a_store_of_another_request_is_refused(folder: Path) -> None:
     (folder / "other" / "thing.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds other files"):
         prepare(learning.training(folder, store=str(folder / "other")))
+    with pytest.raises(ConfigError, match="holds other files"):  # and never removes them
+        prepare(learning.training(folder, store=str(folder / "other")), restart=True)
+    assert (folder / "other" / "thing.txt").read_text() == "mine"
     with pytest.raises(StoreMismatchError, match="cloudgate train --prepare"):
         open_store(folder / "nowhere")
 
@@ -192,6 +195,12 @@ def test_an_area_without_a_clear_look_says_so(tmp_path: Path) -> None:
     with pytest.raises(NothingClearError, match="source grey: no sample can be cut: no date is clear enough") as caught:
         prepare(learning.training(tmp_path, sources=[source]))
     assert caught.value.exit_code == 1
+
+
+def test_an_area_smaller_than_a_patch_is_not_blamed_on_the_clouds(tmp_path: Path) -> None:
+    cases = {"patch_px": 96, "pastes": 1, "max_looks": 7, "target_max_bad": 0.2}
+    with pytest.raises(NothingClearError, match=r"sim: \d+ dates could .* patches of 96 px .* lower cases.patch_px"):
+        prepare(learning.training(tmp_path, cases=cases, split={}))
 
 
 def test_too_few_dates_say_so(small: Any, tmp_path: Path) -> None:
@@ -257,6 +266,10 @@ def test_nothing_named_splits_by_place_or_else_by_time(store: Store) -> None:
     assert_apart(store.samples, parts, gap_days=None)
     one = tuple(s for s in store.samples if s.place == "sim-1000")
     parts = split_samples(one, Split(gap_days=3), seed=0)
+    assert_apart(one, parts, gap_days=3)
+    last = date.fromordinal(EPOCH.toordinal() + max(s.day for s in one))
+    parts = split_samples(one, Split(test_time=Span(start=last, end=last), gap_days=3), seed=0)
+    assert {one[i].day for i in parts["test"]} == {max(s.day for s in one)}  # and what validates lies before it
     assert_apart(one, parts, gap_days=3)
 
 

@@ -10,7 +10,7 @@ from tiny_network import TinyNet, tiny
 
 from pipeline import kalman, predict
 from pipeline.bands import to_codes, to_reflectance
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import RunError
 from pipeline.estimates import CONTEXT, Target
 from pipeline.kept import Kept
 from pipeline.models.batch import Batch, Completed
@@ -307,8 +307,8 @@ def test_the_number_of_threads_does_not_matter():
 
 
 def test_a_lattice_that_leaves_gaps_is_refused():
-    with pytest.raises(ConfigError, match="do not overlap"):
-        halo_px(tiny(stride_px=63))
+    with pytest.raises(ValueError, match="not overlap once everywhere; choose a stride_px of at least 28 and below 56"):
+        tiny(stride_px=63)
     weights = PatchLattice(64, 40, 4).profile
     total = sum(np.pad(weights, (40 * i, 40 * (5 - i))) for i in range(6))
     np.testing.assert_allclose(total[64:200], 1, atol=1e-6)

@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from pupil import Pupil
 
+from pipeline import models, scheme
 from pipeline.errors import ConfigError, RunError, StoreMismatchError, WeightsError
 from pipeline.learnfile import Fit, Training
 from pipeline.models import weights
 from pipeline.prepare import prepare
 from pipeline.report import Silent
-from pipeline.train import Course, train
+from pipeline.train import Course, _gamma, train
 
 CASES = {"patch_px": 64, "pastes": 2, "max_looks": 7, "target_max_bad": 0.3}
 SKY = {"cloud_fraction_mean": [0.3, 0.3]}
@@ -134,6 +135,32 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_good_state(samples: Path, 
     assert weights.load_model(tmp_path / "model" / "weights.safetensors")
 
 
+def test_an_adversary_whose_loss_is_no_number_moves_nothing(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = {"epochs": 1, "batch": 16, "adversary": 0.01, "threads": 1, "accelerator": "cpu"}
+    course = Course(training(tmp_path, store=str(samples), fit=fit))
+    (lesson, *_) = course._loader("train", course.order, learn=True)
+    monkeypatch.setattr(
+        scheme, "discriminator_loss", lambda net, *_: sum(p.sum() for p in net.parameters()) * torch.nan
+    )
+    before = {name: value.clone() for name, value in course.scheme.model.state_dict().items()}
+    with pytest.raises(scheme.NotFiniteError, match="the loss is nan"):
+        course.scheme.step(lesson, rate=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in course.scheme.model.state_dict().items())
+    monkeypatch.undo()
+    course.scheme.step(lesson, rate=1e-3)
+    assert not torch.equal(course.scheme.model.state_dict()["net.0.weight"], before["net.0.weight"])
+
+
+def test_the_gamma_that_is_told_is_the_residual_networks() -> None:
+    model = models.build("small")
+    with torch.no_grad():
+        model.gamma.fill_(0.5)
+        model.unet.attention.gamma.fill_(0.01)
+    assert _gamma(model) == 0.5
+
+
 def test_time_runs_out_and_the_same_command_goes_on(samples: Path, tmp_path: Path) -> None:
     short = {"epochs": 3, "batch": 4, "threads": 1, "accelerator": "cpu"}
     made = train(training(tmp_path, store=str(samples), fit=short | {"max_minutes": 1e-6}))
@@ -160,6 +187,9 @@ def test_it_stops_early_where_nothing_gets_better(samples: Path, tmp_path: Path)
     made = train(training(tmp_path, store=str(samples), fit=fit))
     assert made.epochs < 50
     assert made.stopped == "no better validation for 2 epochs"
+    assert train(training(tmp_path, store=str(samples), fit=fit)).epochs == made.epochs
+    on = train(training(tmp_path, store=str(samples), fit=fit | {"patience": 4}))  # more of it goes on
+    assert made.epochs < on.epochs < 50
 
 
 def test_a_training_begins_with_given_weights_and_leaves_frozen_parts(samples: Path, tmp_path: Path) -> None:
@@ -198,6 +228,14 @@ def test_options_that_change_after_training_are_in_the_weights_alone(samples: Pa
         ({"model": {"name": "pupil", "bands": ["red", "nir"]}}, ConfigError, "are not the training's bands"),
         ({"bands": ["red", "nir"]}, StoreMismatchError, "holds blue, nir, and bands are red, nir"),
         ({"cases": CASES | {"pastes": 1}}, StoreMismatchError, "was prepared with other cases"),
+        ({"sources": [SOURCES[0] | {"name": "sam"}]}, StoreMismatchError, r"prepared with other sources \(sam\)"),
+        (
+            {"sources": [*SOURCES, {"name": "b", "simulate": {"first_seed": 9}}]},
+            StoreMismatchError,
+            r"other sources \(b\)",
+        ),
+        ({"model": {"name": "small", "patch_px": 64}}, ConfigError, "choose a stride_px of at least 24 and below 48"),
+        ({"model": {"name": "small"}, "after": {"patch_px": 64}}, ConfigError, "do not overlap once everywhere"),
         ({"split": {"validation": ["sim-1"]}}, ConfigError, "there is no place 'sim-1'"),
         ({"loss": {"charbonier": 1}}, ConfigError, "charbonier: there is no such field; did you mean 'charbonnier'"),
         ({"loss": {"charbonnier": 0}}, ConfigError, "every weight is 0"),

@@ -59,5 +59,7 @@ def read_config(config: str | Mapping[str, Any] | ModelConfig) -> ModelConfig:
         return NETWORKS[name][0].model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # several options that do not go together
+            raise ConfigError(f"model: {first['msg'].removeprefix('Value error, ')} (network {name!r})") from error
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"model.{where}: {first['msg']}, got {first['input']!r} (network {name!r})") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 FEATURES = 128
@@ -113,6 +113,16 @@ class ModelConfig(BaseModel):
     """From patch to patch."""
     border_px: int = Field(default=8, ge=0)
     """Outermost pixels of a patch that are not used."""
+
+    @model_validator(mode="after")
+    def _patches_overlap(self) -> Self:
+        used = self.patch_px - 2 * self.border_px
+        if not 0 < used - self.stride_px <= self.stride_px:
+            raise ValueError(
+                f"patches of {self.patch_px} px every {self.stride_px} px without {self.border_px} px of border do not "
+                f"overlap once everywhere; choose a stride_px of at least {-(-used // 2)} and below {used}"
+            )
+        return self
 
 
 class Model(nn.Module, ABC):
