@@ -81,7 +81,7 @@ class _Part:
     source_date: NDArray[np.int32]
     sigma: NDArray[np.float32] | None
     observed: NDArray[np.bool_]
-    day: int
+    day: int | NDArray[np.int32]  # of the anchor; where anchors meet, of each pixel's own
     doubtful: NDArray[np.bool_] | None = None
     notes: tuple[str, ...] = ()
 
@@ -278,26 +278,28 @@ def _blend(parts: list[tuple[_Part, NDArray[np.float32] | None]]) -> tuple[_Part
     weights = weights / np.where(total == 0, 1, total)
     heaviest = weights.argmax(axis=0)
     blended = (weights.max(axis=0) < 1) & (total > 0)
-    out = _Part(first.codes.copy(), first.source_date.copy(), None, first.observed.copy(), first.day)
+    day = np.full(none.shape, first.day, np.int32)
+    out = _Part(first.codes.copy(), first.source_date.copy(), None, first.observed.copy(), day)
     if any(p.sigma is not None for p, _ in parts):
         out.sigma = np.full(first.codes.shape, np.nan, np.float32)
     mean = np.zeros(first.codes.shape, np.float64)
-    variance = np.zeros(first.codes.shape, np.float64)
+    spread = np.zeros(first.codes.shape, np.float64)
     for i, (part, _) in enumerate(parts):
         own = heaviest == i
         np.copyto(out.codes, part.codes, where=own[None])
         np.copyto(out.source_date, part.source_date, where=own)
         np.copyto(out.observed, part.observed, where=own)
+        np.copyto(day, part.day, where=own)
         if part.doubtful is not None:
             out.doubtful = np.where(own, part.doubtful, none if out.doubtful is None else out.doubtful)
         mean += weights[i] * part.codes
         if out.sigma is not None and part.sigma is not None:
             np.copyto(out.sigma, part.sigma, where=own[None])
-            variance += (weights[i] * np.nan_to_num(part.sigma)) ** 2
+            # the answers are made of the same looks, so that their errors hardly cancel
+            spread += weights[i] * np.nan_to_num(part.sigma)
     np.copyto(out.codes, np.floor(mean + 0.5).astype(np.uint16), where=blended[None])
     if out.sigma is not None:
-        known = blended[None] & (variance > 0)
-        np.copyto(out.sigma, np.sqrt(variance).astype(np.float32), where=known)
+        np.copyto(out.sigma, spread.astype(np.float32), where=blended[None] & (spread > 0))
     return out, blended
 
 

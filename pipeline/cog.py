@@ -75,7 +75,7 @@ def write_cog(store: str, grid: Grid, slot: int, name: str, spec: LayerSpec, out
                 target.scales, target.offsets = [attrs.get("scale_factor", 1.0)], [attrs.get("add_offset", 0.0)]
                 target.update_tags(1, **{key: str(attrs[key]) for key in ("long_name", "units") if key in attrs})
                 for rows, cols in _windows(grid):
-                    values = read_region(store, grid, slot, rows, cols, name)
+                    values = read_region(store, grid, slot, rows, cols, name, published=True)
                     target.write(values, 1, window=Window.from_slices(rows, cols))
             gdal_copy(
                 whole,

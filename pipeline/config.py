@@ -19,7 +19,7 @@ from pydantic import (
 
 from pipeline.bands import check_bands
 from pipeline.errors import ConfigError
-from pipeline.profiles import MaskRule
+from pipeline.profiles import MaskRule, rule_of
 from pipeline.tables import table_html
 
 CALENDAR = ("month", "quarter", "year", "10 days", "week")
@@ -194,13 +194,17 @@ class Mask(_Base):
         "s2cloudless (extras); default: what the profile says",
     )
     asset: str | None = Field(None, description="mask raster in the items instead of the profile's, such as clm")
-    cloud: tuple[int, ...] | None = Field(None, description="classes of that raster that are cloud")
-    shadow: tuple[int, ...] | None = Field(None, description="classes of that raster that are shadow")
+    cloud: tuple[int, ...] | None = Field(
+        None, description="classes of that raster that are cloud; default the profile's"
+    )
+    shadow: tuple[int, ...] | None = Field(
+        None, description="classes of that raster that are shadow; default the profile's"
+    )
     bits: dict[str, tuple[int, ...]] | None = Field(None, description="bit numbers: {cloud: [1, 2], shadow: [3]}")
     threshold: float | None = Field(
         None, description="for a probability raster: cloud from this value on, its own unit"
     )
-    nodata: int | None = Field(None, description="value of that raster that means no data")
+    nodata: int | None = Field(None, description="value of that raster that means no data; default the profile's")
     open_m: float | None = Field(
         None, ge=0, description="drop specks of cloud smaller than this; default 40 for scl, else 0"
     )
@@ -221,9 +225,15 @@ class Mask(_Base):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        named = [name for name in ("asset", "cloud", "shadow", "bits", "threshold") if getattr(self, name) is not None]
+        own = ("asset", "cloud", "shadow", "bits", "threshold", "nodata")
+        named = [name for name in own if getattr(self, name) is not None]
         if self.source is not None and named:
             raise ValueError(f"source {self.source!r} and {', '.join(named)} exclude each other; leave one of them out")
+        ways = [name for name in ("cloud", "bits", "threshold") if name in named]
+        if len(ways) > 1 or ("shadow" in named and ways in (["bits"], ["threshold"])):
+            raise ValueError(f"{', '.join(named)}: give classes (cloud, shadow), bits, or a threshold, not several")
+        if unknown := sorted(set(self.bits or {}) - {"cloud", "shadow"}):
+            raise ValueError(f"bits: unknown {', '.join(unknown)}; write bits: {{cloud: [1, 2], shadow: [3]}}")
         return self
 
     @property
@@ -243,30 +253,8 @@ class Mask(_Base):
         if self.source == "scl":
             usual = MaskRule(kind="scl", cloud=(8, 9, 10), shadow=(3,), nodata=0)
             return next((rule for rule in known if rule.kind == "scl"), usual)
-        if self.asset is None and self.bits is None and self.threshold is None and self.cloud is None:
-            return None
-        by_asset = {rule.asset: rule for rule in reversed(known)}
-        asset = self.asset or (known[0].asset if known else "scl")
-        if self.bits is not None:
-            bits = self.bits
-            return MaskRule(
-                kind="bits",
-                asset=asset,
-                cloud=bits.get("cloud", ()),
-                shadow=bits.get("shadow", ()),
-                nodata=self.nodata,
-            )
-        if self.threshold is not None:
-            return MaskRule(kind="probability", asset=asset, threshold=self.threshold, nodata=self.nodata)
-        if self.cloud is None:
-            if asset in by_asset:
-                return by_asset[asset]
-            if asset.lower().startswith("scl"):
-                return MaskRule(kind="scl", asset=asset, cloud=(8, 9, 10), shadow=(3,), nodata=0)
-            raise ConfigError(
-                f"mask.asset: {asset!r} needs to know its classes; add cloud: [..] and shadow: [..], bits, or threshold"
-            )
-        return MaskRule(kind="classes", asset=asset, cloud=self.cloud, shadow=self.shadow or (), nodata=self.nodata)
+        given = self.model_dump(include={"asset", "cloud", "shadow", "bits", "threshold", "nodata"}, exclude_none=True)
+        return rule_of(known, **given) if given else None
 
     def opening_m(self, kind: str) -> float:
         """The opening in metres: the given one, else 40 for SCL and 0 for all others."""
@@ -363,7 +351,7 @@ class Job(_Base):
     max_cloud_cover: float = Field(100, ge=0, le=100, description="leave out scenes cloudier than this, percent")
     method: Method = Method()
     mask: Mask = Mask()
-    offset_dn: int | None = Field(None, description="override: BOA offset in DN of every item (0 or -1000)")
+    offset_dn: Literal[0, -1000] | None = Field(None, description="override: BOA offset in DN, of baselines from 04.00")
     output: Output = Output()
     cluster: Cluster = Cluster()
     limits: Limits = Limits()

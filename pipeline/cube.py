@@ -5,7 +5,7 @@ scenes of one pass are fused by ``pipeline.codes.fuse_scenes``, the function the
 same bytes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,10 @@ def open_cube(
     grid: Grid,
     bands: Sequence[str],
     mask: MaskRule,
-    classify: Callable[[NDArray[Any], MaskRule], NDArray[np.uint8]],
     profile: Profile | None = None,
     loader: Loader = "stackstac",
     chunk_px: int = CHUNK_PX,
+    longitude: float | None = None,
 ) -> xr.Dataset:
     """Open scenes as a lazy cube on exactly the pixels of ``grid``.
 
@@ -46,10 +46,10 @@ def open_cube(
         grid: the pixels.
         bands: band names or ESA's (``B04``).
         mask: which raster is the mask and what its values mean.
-        classify: applies the rule to a raster: ``pipeline.mask.apply_rule``. Pickled into the graph.
         profile: credentials (by kind), retries and GDAL settings of the catalog.
         loader: ``stackstac`` or ``odc``: who lays out the graph; the pixels are the same.
         chunk_px: side of the spatial chunks in pixels; chunks hold one layer.
+        longitude: by which solar days are reckoned, degrees, beyond 180 east of the antimeridian; default the grid's.
 
     Returns:
         Dataset, every variable Dask-backed:
@@ -75,10 +75,10 @@ def open_cube(
     if chunk_px < 1:
         raise ConfigError(f"chunk_px: must be at least 1, got {chunk_px}")
     _check_items(items)
-    passes = group_acquisitions(list(items), _longitude(grid))
+    passes = group_acquisitions(list(items), _longitude(grid) if longitude is None else longitude)
     scenes = [item for one in passes for item in one.items]
     codes = open_stack(scenes, names, Task(grid, profile), loader=loader, chunk_px=chunk_px)
-    seen = Task(grid, profile, mask, classify)
+    seen = Task(grid, profile, mask)
     states = open_stack(scenes, [mask.asset], seen, loader=loader, chunk_px=chunk_px)[:, 0]
     fused = _fuse(passes, codes, states)
     factor, phase = mask_lattice([item.assets[mask.asset] for item in scenes], grid)

@@ -21,7 +21,7 @@ from pipeline.jobfile import job_json
 from pipeline.periods import Period
 from pipeline.records import RunFolder
 
-RESULT_VERSION: Final = 2
+RESULT_VERSION: Final = 3
 """Raised when the same request gives other pixels than before; a store of another version is not gone on with."""
 
 
@@ -108,6 +108,11 @@ def _check_series(old: dict[str, Any], new: dict[str, Any], path: str) -> None:
     )
 
 
+def _was_made(run: RunFolder) -> bool:
+    """Whether a pixel was ever made, by what runs recorded."""
+    return any(mark.get("filled") for slot in run.slots() for mark in run.marks(slot))
+
+
 def check_store(job: Job, path: str, run: RunFolder, *, restart: bool, series: bool = False) -> None:
     """Refuse a store of another request; forget ours with ``restart``, or where no pixel was ever made.
 
@@ -123,6 +128,12 @@ def check_store(job: Job, path: str, run: RunFolder, *, restart: bool, series: b
         stores.remove(path)
         return
     old = run.read("request.json")
+    if old is not None and not stores.exists(path) and _was_made(run):
+        anew = f"remove {run.where} to begin the series anew" if series else "begin anew with --restart"
+        raise StoreMismatchError(
+            f"output.store: {path} is gone, and its run records ({run.where}) know of pixels that were made there; put "
+            f"it back, or {anew}"
+        )
     if old is None:
         if attrs is not None:
             raise StoreMismatchError(
@@ -146,8 +157,7 @@ def check_store(job: Job, path: str, run: RunFolder, *, restart: bool, series: b
         new["catalog"] = old["wish"]["catalog"]
     if old["wish"] == new:
         return
-    made = any(mark.get("filled") for slot in run.slots() for mark in run.marks(slot))
-    if attrs is None and not made:
+    if attrs is None and not _was_made(run):
         # A run that stopped before its first pixel (offset undecided, all clouded) must not stand in the way.
         run.forget()
         stores.remove(path)

@@ -150,6 +150,8 @@ def job_from_dict(data: Mapping[str, Any], *, folder: Path | None = None, what: 
 
 
 def job_json(job: Job) -> dict[str, Any]:
-    """The job as plain JSON values, for records: the catalog's address has lost what lets one in."""
+    """The job as plain JSON values, for records: addresses have lost what lets one in, a cluster its options."""
     out: dict[str, Any] = json.loads(job.model_dump_json())
-    return {**out, "catalog": without_credentials(job.catalog)}
+    address = job.cluster.address and without_credentials(job.cluster.address)
+    cluster = out["cluster"] | {"address": address, "options": {}}  # which may hold keys for its workers
+    return {**out, "catalog": without_credentials(job.catalog), "cluster": cluster}

@@ -28,6 +28,7 @@ from pipeline.redaction import without_secrets
 EVERY_S: Final = 30.0
 PART_LINES: Final = 5_000
 MOST_BYTES: Final = 50_000_000
+_LAST: Final = "cloudgate_last_success_timestamp_seconds"
 """A log that grew so large is put aside as ``log.1.jsonl``, over the one before."""
 
 
@@ -186,7 +187,9 @@ class Metrics:
         )
         self.memory = Gauge("cloudgate_task_peak_bytes", "Most memory a task's worker held", registry=registry)
         self.periods = Counter("cloudgate_periods", "Periods by outcome", ["state"], registry=registry)
-        self.last = Gauge("cloudgate_last_success_timestamp_seconds", "When a period was published", registry=registry)
+        self.last = Gauge(_LAST, "When a period was published", registry=registry)
+        if self.path and (last := _last_success(self.path)):  # the next process of a schedule goes on with it
+            self.last.set(last)
         self.server = start_http_server(int(place), addr="127.0.0.1", registry=registry) if place.isdigit() else None
 
     def close(self) -> None:
@@ -224,6 +227,15 @@ class Metrics:
         """
         if self.path:
             write_to_textfile(str(self.path), self.registry)
+
+
+def _last_success(path: Path) -> float:
+    """Seconds since 1970 of what an earlier process told, 0 where none did."""
+    with suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{_LAST} "):
+                return float(line.split()[1])
+    return 0.0
 
 
 @cache

@@ -6,7 +6,7 @@ where they see the same ground (``trim_px``: the cube must reach as far around a
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
+from datetime import date, datetime
 from typing import Any
 
 import dask.array as da
@@ -21,13 +21,12 @@ from pipeline.bands import BANDS, CODE_MAX, to_codes, to_reflectance
 from pipeline.block import NO_SIGMA, check_method, compose_block, halo_px, has_uncertainty
 from pipeline.config import LEARNED, METHODS, Area, GridSpec, Method
 from pipeline.cube import open_cube as open_items
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ItemError
 from pipeline.frozen import SearchResult
 from pipeline.grid import Grid
 from pipeline.items import EPOCH
 from pipeline.jobfile import explain
 from pipeline.loaders import Loader
-from pipeline.mask import apply_rule
 from pipeline.region import region_of
 from pipeline.scout import decide
 
@@ -76,7 +75,12 @@ def harmonise(*, found: SearchResult, grid: Grid, offset_dn: int | None = None) 
     Raises:
         ItemError: where nothing decides. RunError: if no item can be read.
     """
-    band = min((b for b in found.items[0].assets if b in BANDS), key=lambda name: BANDS[name].wavelength_nm)
+    if offset_dn not in (None, 0, -1000):
+        raise ConfigError(f"offset_dn: {offset_dn!r} is no BOA offset; give 0 or -1000, or leave it out")
+    shared = set.intersection(*(set(item.assets) for item in found.items)) & set(BANDS)
+    if not shared:
+        raise ItemError("harmonise: no band is in all items; name the bands in search, which leaves other items out")
+    band = min(shared, key=lambda name: BANDS[name].wavelength_nm)
     items, unread = decide(
         items=found.items, grid=grid, band=band, rule=found.mask, profile=found.profile, override_dn=offset_dn
     )
@@ -114,10 +118,10 @@ def open_cube(
         grid=grid,
         bands=bands,
         mask=found.mask,
-        classify=apply_rule,
         profile=found.profile,
         loader=loader,
         chunk_px=chunk_px,
+        longitude=found.longitude,
     )
 
 
@@ -244,6 +248,10 @@ def _day(target: date | str | None, days: NDArray[np.int32]) -> int:
         chosen = date.fromisoformat(target) if isinstance(target, str) else target
     except ValueError as error:
         raise ConfigError(f"target: {target!r} is no date; write it as 2023-08-15") from error
+    if isinstance(chosen, datetime):  # pandas' timestamps are such, too
+        chosen = chosen.date()
+    if not isinstance(chosen, date):
+        raise ConfigError(f"target: {target!r} is no date; give one, or text such as 2023-08-15")
     return (chosen - EPOCH).days
 
 

@@ -9,7 +9,7 @@ of the asset without any token; signing happens inside the read.
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -33,13 +33,12 @@ from pipeline.codes import dn_to_codes
 from pipeline.errors import ConfigError, ItemError
 from pipeline.grid import Grid
 from pipeline.items import Asset, Item
+from pipeline.mask_reading import read_state
 from pipeline.outlines import window_of
 from pipeline.profiles import MaskRule, Profile
 from pipeline.reader import read_window
 
 Loader = Literal["stackstac", "odc"]
-Classify = Callable[[NDArray[Any], MaskRule], NDArray[np.uint8]]
-"""From a class raster and the rule to states (``NODATA``, ``CLEAR``, ``CLOUD``, ``SHADOW``), same shape."""
 
 _SCHEME: Final = "cloudgate:///"
 _FIRST: Final = datetime(2000, 1, 1, tzinfo=UTC)
@@ -54,21 +53,19 @@ class Task:
         grid: the whole grid.
         profile: credentials (by kind), retries and GDAL settings.
         rule: how classes become states; None for bands.
-        classify: applies the rule; None for bands.
     """
 
     grid: Grid
     profile: Profile | None = None
     rule: MaskRule | None = None
-    classify: Classify | None = None
 
     def read(self, href: str, rows: tuple[int, int], cols: tuple[int, int]) -> NDArray[Any]:
         """Codes, or states where there is a rule, of rows and columns of the grid."""
         asset, offset_dn = _described(href)
         window = self.grid.window(rows, cols)
-        if self.rule is None or self.classify is None:
+        if self.rule is None:
             return dn_to_codes(read_window(asset, window, profile=self.profile), asset, offset_dn)
-        return self.classify(read_window(asset, window, kind="classes", profile=self.profile), self.rule)
+        return read_state(asset, window, self.rule, self.profile)
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint8]:

@@ -55,6 +55,9 @@ class Location(Protocol):
     def names(self) -> set[str]:
         """What lies at the top of the place; nothing where there is no store."""
 
+    def exists(self) -> bool:
+        """Whether anything of a store is there, published or not."""
+
     def version(self) -> str:
         """What changes whenever something is published, fit for an address; empty where nothing was."""
 
@@ -111,6 +114,14 @@ class _Plain:
     @abstractmethod
     def reader(self) -> Store:
         """See ``Location``."""
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """See ``Location``."""
+
+    def exists(self) -> bool:
+        """See ``Location``."""
+        return bool(self.names())
 
     def begin(self, unit: str, prepare: Callable[[Store], None]) -> None:
         """Nothing to make ready."""

@@ -24,9 +24,10 @@ from pipeline.errors import ReadError
 from pipeline.grid import Grid
 from pipeline.items import Item
 from pipeline.mask_models import lattice_window, state_on_lattice
+from pipeline.mask_reading import read_state
 from pipeline.outlines import extent, touches
 from pipeline.read_pool import ReadPool
-from pipeline.reader import coarse_grid, fuse_scenes, fuse_states, read_codes, read_window, spread_cells
+from pipeline.reader import coarse_grid, fuse_scenes, fuse_states, read_codes, spread_cells
 from pipeline.recipe import Recipe
 
 Span = tuple[int, int]
@@ -196,9 +197,7 @@ class LookStream:
 
     def _state_read(self, item: Item, cells: Grid) -> NDArray[np.uint8]:
         rule = self.recipe.rule
-        state = masks.apply_rule(
-            read_window(item.assets[rule.asset], cells, kind="classes", profile=self.recipe.profile), rule
-        )
+        state = read_state(item.assets[rule.asset], cells, rule, self.recipe.profile)
         if item.id in self.recipe.clouded:
             state[state != masks.NODATA] = masks.CLOUD
         return state

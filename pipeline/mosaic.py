@@ -255,7 +255,8 @@ def _begin_slot(request: Request, period: Period, path: str, run: RunFolder, *, 
         run.objects.remove(f"{name}/manifest.json")
         lower_period(request, period.slot, path)
         run.forget_period(period.slot)
-        run.write({"key": key, "id": uuid.uuid4().hex}, name, "begun.json")
+        # with the job of this period: a schedule may change its mask or method over the years
+        run.write({"key": key, "id": uuid.uuid4().hex, "job": job_json(request.job)}, name, "begun.json")
         run.write_bytes(frozen_bytes(replace(request.found, items=items)), name, "items.json")
 
 

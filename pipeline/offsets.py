@@ -88,18 +88,21 @@ def decide_offsets(
 def told(item: Item, dark: str, profile: Profile, override_dn: int | None) -> tuple[int, str] | None:
     """(offset, reason) where no pixel needs to be looked at, else None."""
     policy = profile.offset.policy
+    baseline = float(item.baseline) if item.baseline else None
+    before = f"baseline {item.baseline} is before 04.00"
     if override_dn is not None:
+        if baseline is not None and baseline < 4:  # a span may reach beyond 2022-01-25, and no such scene has it
+            return 0, before
         return override_dn, "override of the job"
     if policy == "none":
         return 0, f"{profile.name} carries no offset"
-    if policy == "flag" and item.boa_offset_applied:
+    if policy in ("flag", "metadata") and item.boa_offset_applied:
         return 0, f"flag {profile.offset.flag} is true"
     asset = item.assets[dark]
     if policy == "metadata" and asset.offset is not None:
         return round(asset.offset / asset.scale), "offset in the metadata"
-    baseline = float(item.baseline) if item.baseline else None
     if baseline is not None and baseline < 4:
-        return 0, f"baseline {item.baseline} is before 04.00"
+        return 0, before
     return None
 
 

@@ -4,9 +4,10 @@ A new catalog is a YAML file, never code.
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +30,56 @@ class MaskRule(_Base):
     threshold: float | None = Field(
         None, description="probability from which a pixel is cloud, in the raster's own unit"
     )
+
+
+_SCL: Final = {"kind": "scl", "cloud": (8, 9, 10), "shadow": (3,), "nodata": 0}
+
+
+def rule_of(
+    known: Sequence[MaskRule],
+    *,
+    asset: str | None = None,
+    cloud: tuple[int, ...] | None = None,
+    shadow: tuple[int, ...] | None = None,
+    bits: Mapping[str, tuple[int, ...]] | None = None,
+    threshold: float | None = None,
+    nodata: int | None = None,
+) -> MaskRule:
+    """The rule of a raster with what a job says of it; what it leaves out is as the profile knows that raster.
+
+    Args:
+        known: the profile's rules, the default first.
+        asset: the raster, default the profile's.
+        cloud: classes that are cloud.
+        shadow: classes that are shadow.
+        bits: numbers of bits, ``cloud`` and ``shadow``.
+        threshold: cloud from this probability on.
+        nodata: value that means no data.
+
+    Raises:
+        ConfigError: for a raster whose classes nobody knows.
+    """
+    asset = asset or (known[0].asset if known else "scl")
+    usual = MaskRule(asset=asset, **_SCL) if asset.lower().startswith("scl") else None
+    base = next((rule for rule in known if rule.asset == asset), usual)
+    nodata = base.nodata if nodata is None and base else nodata
+    if bits is not None:
+        own = {"cloud": bits.get("cloud", ()), "shadow": bits.get("shadow", ())}
+        return MaskRule(kind="bits", asset=asset, nodata=nodata, **own)
+    if threshold is not None:
+        return MaskRule(kind="probability", asset=asset, threshold=threshold, nodata=nodata)
+    if base and (cloud is None or base.kind in ("scl", "classes")):
+        if shadow is not None and base.kind not in ("scl", "classes"):
+            raise ConfigError(
+                f"mask.shadow: {asset!r} holds no classes but {base.kind}; give bits or threshold instead"
+            )
+        changed = {"cloud": cloud, "shadow": shadow, "nodata": nodata}
+        return base.model_copy(update={name: value for name, value in changed.items() if value is not None})
+    if cloud is None:
+        raise ConfigError(
+            f"mask.asset: {asset!r} needs to know its classes; add cloud: [..] and shadow: [..], bits, or threshold"
+        )
+    return MaskRule(kind="classes", asset=asset, cloud=cloud, shadow=shadow or (), nodata=nodata)
 
 
 class OffsetPolicy(_Base):

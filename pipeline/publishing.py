@@ -98,6 +98,8 @@ def _write_metadata(
 ) -> None:
     """Shapes, coordinates, ``published`` and attributes of a store whose periods are those of ``about``."""
     job = request.job
+    # A store keeps its first title: Items and GeoTIFFs of earlier periods are named by it.
+    title = (stores.read_attrs(path) or {}).get("title", job.name)
     by_slot = sorted(about["periods"].items(), key=lambda entry: int(entry[0]))  # whatever the order of writing
     about = {**about, "periods": dict(by_slot)}
     # A period shows the date it was made for, though the job's target is another by now.
@@ -110,7 +112,7 @@ def _write_metadata(
         uncertainty=has_uncertainty(job.method),
         schedule=schedule,
         published=[about["periods"].get(str(p.slot), {"published": False}).get("published", True) for p in schedule],
-        attrs={"title": job.name, "source": "Copernicus Sentinel-2", "cloudgate": about},
+        attrs={"title": title, "source": "Copernicus Sentinel-2", "cloudgate": about},
         levels=levels,
         unit=unit,
         message=message,

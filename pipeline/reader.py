@@ -110,6 +110,19 @@ def read_window(
     return _read(asset, grid, kind, profile, budget)
 
 
+def covered(asset: Asset, grid: Grid) -> NDArray[np.bool_]:
+    """(height, width): which pixels of ``grid`` a raster of classes has, by the sampling that reads them."""
+    frame = replace(frame_of(asset), nodata=0.0)
+    height, width = frame.shape
+
+    def fetch(r0: int, r1: int, c0: int, c1: int) -> NDArray[np.uint8]:
+        rows, cols = np.arange(r0, r1), np.arange(c0, c1)
+        there = ((rows >= 0) & (rows < height))[:, None] & ((cols >= 0) & (cols < width))[None, :]
+        return there.astype(np.uint8)
+
+    return np.asarray(resample(fetch, frame, grid, "classes") != 0)
+
+
 def read_codes(
     asset: Asset, grid: Grid, *, offset_dn: int | None, out: NDArray[np.uint16], profile: Profile | None = None
 ) -> None:

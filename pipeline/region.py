@@ -161,17 +161,17 @@ def _read_polygon(path: Path) -> BaseGeometry:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"area.geojson: {path} is not GeoJSON ({error})") from error
     kind = data.get("type") if isinstance(data, dict) else None
-    if kind == "FeatureCollection":
-        parts = [shape(feature["geometry"]) for feature in data["features"] if feature.get("geometry")]
-    elif kind == "Feature":
-        parts = [shape(data["geometry"])]
-    elif kind in ("Polygon", "MultiPolygon"):
-        parts = [shape(data)]
-    else:
+    if kind not in ("FeatureCollection", "Feature", "Polygon", "MultiPolygon"):
         raise ConfigError(
             f"area.geojson: {path} is {kind!r}; a Polygon, MultiPolygon, Feature or FeatureCollection is needed"
         )
-    merged = _unwrap(unary_union([shapely.make_valid(part) for part in parts]))
+    try:
+        merged = _unwrap(unary_union([shapely.make_valid(shape(part)) for part in _geometries(data)]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+        raise ConfigError(
+            f"area.geojson: {path} holds no geometry that can be read ({type(error).__name__}: {error}); look at its "
+            "features and coordinates"
+        ) from error
     if merged.is_empty or merged.area == 0:
         raise ConfigError(f"area.geojson: {path} holds no polygon with an area")
     west, south, east, north = merged.bounds
@@ -180,6 +180,14 @@ def _read_polygon(path: Path) -> BaseGeometry:
             f"area.geojson: bounds {merged.bounds} are not degrees; GeoJSON is in EPSG:4326, longitude first"
         )
     return merged
+
+
+def _geometries(data: dict[str, Any]) -> list[Any]:
+    """Geometries of a GeoJSON object; features without one are left out."""
+    if data["type"] in ("Polygon", "MultiPolygon"):
+        return [data]
+    features = data["features"] if data["type"] == "FeatureCollection" else [data]
+    return [feature["geometry"] for feature in features if feature["geometry"]]
 
 
 def _unwrap(geometry: BaseGeometry) -> BaseGeometry:

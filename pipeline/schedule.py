@@ -139,12 +139,35 @@ def load_schedule(path: Path | str, *, overrides: Sequence[str] = ()) -> LoadedS
         raise ConfigError(explain(error, f"schedule {path}", Schedule)) from error
     template, folder = _template(spec, path)
     for assignment in overrides:
+        _check_override(assignment.partition("=")[0], spec, path)
         set_field(template, assignment)
+    if "lookback_days" not in spec.model_fields_set and isinstance(template.get("time"), dict):
+        spec = spec.model_copy(update={"lookback_days": _lookback(template["time"], path)})
     series = tuple(
         Series(name, _job(spec, template, area, name, folder, path)) for name, area in _areas(spec, template, path)
     )
     _check_stores(series, path)
     return LoadedSchedule(spec, series)
+
+
+def _check_override(field: str, spec: Schedule, path: Path) -> None:
+    """What the schedule says of all areas and periods is not the job's to change."""
+    own = field if field == "time" or field.startswith("time.") else ""
+    if (field == "area" or field.startswith("area.")) and spec.areas is not None:
+        own = "areas"
+    if own:
+        raise ConfigError(
+            f"--set {field}: a schedule says that itself; change {own.removeprefix('time.')} in {path} (start, every "
+            "and lookback_days for time, areas for area)"
+        )
+
+
+def _lookback(time: dict[str, Any], path: Path) -> int:
+    """The template's, where the schedule names none: a job that is scheduled looks as far back as it did alone."""
+    days = time.get("lookback_days", 0)
+    if not isinstance(days, int) or days < 0:
+        raise ConfigError(f"schedule {path}: job.time.lookback_days: {days!r} is no number of days; write 0 or more")
+    return days
 
 
 def _template(spec: Schedule, path: Path) -> tuple[dict[str, Any], Path]:

@@ -21,6 +21,7 @@ from pipeline.config import Method
 from pipeline.errors import ReadError, RunError
 from pipeline.grid import Grid
 from pipeline.items import Acquisition, Asset, Item
+from pipeline.mask_reading import read_classes
 from pipeline.offsets import View, decide_offsets, told
 from pipeline.outlines import window_of
 from pipeline.profiles import MaskRule, Profile
@@ -212,10 +213,10 @@ def _look(
             if rule is None:
                 unknown = np.zeros(part.shape, np.uint8)
                 return View(item, unknown, np.full_like(unknown, masks.CLEAR), values, place)
-            classes = read_window(item.assets[rule.asset], part, kind="classes", profile=profile)
+            classes, state = read_classes(item.assets[rule.asset], part, rule, profile)
         except ReadError as error:
             return str(error)
-        return View(item, classes, masks.apply_rule(classes, rule), values, place)
+        return View(item, classes, state, values, place)
 
     with ThreadPoolExecutor(THREADS) as pool:
         for number, (item, view) in enumerate(zip(items, pool.map(one, items), strict=True), 1):

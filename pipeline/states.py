@@ -105,7 +105,8 @@ def apply_rule(values: NDArray[Any], rule: MaskRule) -> State:
     """
     if rule.kind == "scl":
         empty = (0, 1) if rule.nodata is None else (0, 1, rule.nodata)
-        return state_from_classes(values, cloud=rule.cloud or (8, 9, 10), shadow=rule.shadow or (3,), nodata=empty)
+        shadow = rule.shadow if rule.cloud else rule.shadow or (3,)  # who names clouds may name no shadow
+        return state_from_classes(values, cloud=rule.cloud or (8, 9, 10), shadow=shadow, nodata=empty)
     if rule.kind == "probability":
         if rule.threshold is None:
             raise ConfigError(

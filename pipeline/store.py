@@ -149,11 +149,15 @@ def read_region(
     *,
     group: str = GROUP,
     unit: str | None = None,
+    published: bool = False,
 ) -> NDArray[Any]:
-    """Read back what ``write_region`` wrote, published or not: (rows, cols) of one layer, fill where nothing is."""
+    """Read back what ``write_region`` wrote: (rows, cols) of one layer, fill where nothing is.
+
+    ``published`` reads what readers see, otherwise what was written last, be it of a period that is not whole yet.
+    """
     place = store_at(path)
     with telling(f"read {place.where}"):
-        store = place.written(unit or unit_of(slot))
+        store = place.reader() if published else place.written(unit or unit_of(slot))
         array = _array(store, group, name, layer_specs(tuple(BANDS), uncertainty=True)[name], grid, slot + 1)
         return np.asarray(array[slot, rows[0] : rows[1], cols[0] : cols[1]])
 
@@ -276,6 +280,17 @@ def read_attrs(path: str | Path) -> dict[str, Any] | None:
     if "cloudgate" not in attrs:
         raise StoreMismatchError(f"output.store: {path} was written by another program; choose another path")
     return attrs
+
+
+def exists(path: str | Path) -> bool:
+    """Whether anything of a store is there, published or not.
+
+    Raises:
+        StoreError: see ``begin``.
+    """
+    place = store_at(path)
+    with telling(f"read {place.where}"):
+        return place.exists()
 
 
 def _half_written(names: set[str]) -> bool:

@@ -58,18 +58,18 @@ class Repository:
 
     def holds(self, key: str) -> bool:
         """See ``Location``."""
-        return self._exists() and sync(self.reader().exists(key))
+        return self.exists() and sync(self.reader().exists(key))
 
     def names(self) -> set[str]:
         """See ``Location``; of a repository, what is on ``main``, and branches that are not ours."""
-        if not self._exists():
+        if not self.exists():
             return {name.partition("/")[0] for name in objects_at(self.place).names()}
         foreign = {name for name in self._open().list_branches() if name != MAIN and not _UNIT.fullmatch(name)}
         return foreign | set(sync(_listed(self.reader())))
 
     def version(self) -> str:
         """See ``Location``: the commit that readers see."""
-        return str(self._open().lookup_branch(MAIN)) if self._exists() else ""
+        return str(self._open().lookup_branch(MAIN)) if self.exists() else ""
 
     def reader(self) -> Store:
         """See ``Location``."""
@@ -133,7 +133,7 @@ class Repository:
 
     def discard(self, unit: str) -> None:
         """See ``Location``."""
-        if self._exists() and unit in (repo := self._open()).list_branches():
+        if self.exists() and unit in (repo := self._open()).list_branches():
             repo.delete_branch(unit)
 
     def remove(self) -> None:
@@ -143,7 +143,8 @@ class Repository:
         else:
             shutil.rmtree(self.place, ignore_errors=True)
 
-    def _exists(self) -> bool:
+    def exists(self) -> bool:
+        """See ``Location``."""
         return bool(_icechunk().Repository.exists(_storage(self.place)))
 
     def _open(self) -> Any:

@@ -98,7 +98,7 @@ def frozen_request(store: ViewStore, slot: int) -> tuple[Request, Period]:
     record = run.read("request.json")
     if record is None:
         raise ConfigError(f"looks: {run.where} is not there, and only it knows the scenes behind the mosaic")
-    job = job_from_dict(record["job"])
+    job = job_from_dict((run.read(part, "begun.json") or {}).get("job") or record["job"])
     schedule = first_periods(job, slot + 1) if record["wish"].get("series") else periods(job)
     if slot >= len(schedule):
         raise ConfigError(f"looks: the run in {run.where} holds no records of period {slot}")

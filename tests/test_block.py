@@ -14,6 +14,9 @@ from pipeline.block import (
     OBSERVED,
     READ_FAILED,
     SEASON,
+    _blend,
+    _flags,
+    _Part,
     check_method,
     compose_block,
 )
@@ -109,6 +112,30 @@ def test_two_anchors_blend_in_the_strip_and_nowhere_else():
     np.testing.assert_array_equal(made.codes[..., 25], middle)
     assert not (made.flags[strip] & OBSERVED).any()
     assert (made.flags[strip] & COMPOSED).all()
+
+
+def test_sigma_between_anchors_is_not_less_for_being_told_twice():
+    """Both answers come from the same looks: their errors do not cancel as independent ones would."""
+    codes, clear = _looks()
+    half = np.full((2, 60, 60), 0.5, np.float32)
+    made = _compose("regression", codes, clear, AnchorMap(1, 7, -3, (1, 2), half))
+    whole = np.ones((1, 3, 3), np.float32)
+    alone = [_compose("regression", codes, clear, AnchorMap(1024, -1, -1, (i,), whole)) for i in (1, 2)]
+    strip = ((made.flags & BLENDED) > 0) & np.logical_and.reduce([(one.sigma != NO_SIGMA).all(axis=0) for one in alone])
+    assert strip.any()
+    mean = np.mean([one.sigma.astype(float) for one in alone], axis=0)
+    np.testing.assert_allclose(made.sigma[:, strip], mean[:, strip], atol=1)
+
+
+def test_another_season_is_reckoned_from_the_anchor_that_owns_the_pixel():
+    shown = np.full((1, 1, 4), 2000, np.uint16)
+    seen = np.zeros((1, 4), bool)
+    parts = [
+        (_Part(shown, np.full((1, 4), 100, np.int32), None, seen, day), np.array([row], np.float32))
+        for day, row in ((0, [1, 1, 0, 0]), (60, [0, 0, 1, 1]))
+    ]
+    flags = _flags(*_blend(parts), np.full((1, 4), 9, np.uint16), failed=None)
+    assert ((flags & SEASON) > 0).tolist() == [[True, True, False, False]]
 
 
 def test_without_an_anchor_it_interpolates_at_the_target():

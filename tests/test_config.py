@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.config import Job
 from pipeline.errors import ConfigError
-from pipeline.jobfile import job_from_dict, load_job
+from pipeline.jobfile import job_from_dict, job_json, load_job
 from pipeline.periods import periods
 from pipeline.profiles import MaskRule
 
@@ -140,6 +140,34 @@ def test_the_mask_rule_of_a_job():
     assert rule(asset="clp", threshold=0.4).threshold == 0.4
     with pytest.raises(ConfigError, match=r"mask.asset: 'odd' needs to know its classes"):
         rule(asset="odd")
+    # what is left out is as the profile knows that raster
+    known = (
+        MaskRule(kind="scl", asset="scl", cloud=(8, 9, 10), shadow=(3,), nodata=0),
+        MaskRule(kind="classes", asset="clm", cloud=(1, 2), shadow=(3,), nodata=255),
+        MaskRule(kind="bits", asset="Fmask", cloud=(1, 2), shadow=(3,), nodata=255),
+    )
+    assert rule(asset="scl", shadow=[2, 3]) == rule(shadow=[2, 3]) == known[0].model_copy(update={"shadow": (2, 3)})
+    assert rule(cloud=[8, 9, 10], shadow=[3]) == known[0]
+    assert rule(asset="clm", cloud=[1, 2], shadow=[3]) == known[1]
+    assert rule(asset="clm", cloud=[1]) == known[1].model_copy(update={"cloud": (1,)})
+    assert rule(nodata=7).nodata == 7
+    assert rule(asset="Fmask", bits={"cloud": [1]}) == known[2].model_copy(update={"cloud": (1,), "shadow": ()})
+    with pytest.raises(ConfigError, match=r"mask.shadow: 'Fmask' holds no classes but bits"):
+        rule(asset="Fmask", shadow=[3])
+    for mask, said in (
+        ({"bits": {"cloud": [1], "shdow": [3]}}, "bits: unknown shdow"),
+        ({"bits": {"cloud": [1]}, "shadow": [3]}, "give classes"),
+        ({"cloud": [1], "threshold": 0.4}, "not several"),
+        ({"source": "scl", "nodata": 0}, "exclude each other"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            rule(**mask)
+
+
+def test_records_of_a_job_hold_no_key_of_its_cluster():
+    cluster = {"kind": "gateway", "address": "https://user:word@gateway/x", "options": {"environment": {"KEY": "k"}}}
+    kept = job_json(job_from_dict({**GOOD, "cluster": cluster}))["cluster"]
+    assert (kept["address"], kept["options"], kept["kind"]) == ("https://gateway/x", {}, "gateway")
 
 
 def test_every_field_is_documented():

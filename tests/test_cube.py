@@ -111,7 +111,7 @@ def direct(items: list[Item], grid: Grid, bands: list[str]) -> tuple[NDArray, ND
 @pytest.mark.parametrize("chunk_px", [64, 1024])
 def test_cube_equals_direct_reads(items, loader, chunk_px):
     bands = ["blue", "swir16", "nir"]
-    cube = open_cube(items=items, grid=GRID, bands=bands, mask=SCL, classify=classify, loader=loader, chunk_px=chunk_px)
+    cube = open_cube(items=items, grid=GRID, bands=bands, mask=SCL, loader=loader, chunk_px=chunk_px)
     codes, states = direct(items, GRID, bands)
     got = cube.compute(scheduler="threads", num_workers=2)
     assert got["reflectance"].dims == ("time", "band", "y", "x")
@@ -126,7 +126,7 @@ def test_cube_equals_direct_reads(items, loader, chunk_px):
 
 
 def test_cube_says_where_it_lies(items):
-    cube = open_cube(items=items, grid=GRID, bands=["B02"], mask=SCL, classify=classify)
+    cube = open_cube(items=items, grid=GRID, bands=["B02"], mask=SCL)
     assert cube["acquisition"].values.tolist()[:2] == ["2023-08-15_sentinel-2a_R079", "2023-08-18_sentinel-2a_R079"]
     assert cube["time"].values[0] == np.datetime64("2023-08-15T10:00:01", "ns")
     assert cube["solar_day"].values.astype("datetime64[D]").astype(str).tolist()[1] == "2023-08-18"
@@ -144,13 +144,22 @@ def test_cube_says_where_it_lies(items):
 
 def test_state_cells_are_whole(items):
     """As the attributes say, all pixels of a mask cell have one state."""
-    cube = open_cube(items=items[2:3], grid=GRID, bands=["blue"], mask=SCL, classify=classify)
+    cube = open_cube(items=items[2:3], grid=GRID, bands=["blue"], mask=SCL)
     state = cube["state"].values[0]
     factor, (row, col) = cube["state"].attrs["factor"], cube["state"].attrs["offset"]
     inner = state[factor - row : 190, factor - col : 180][:180, :176]
     blocks = inner.reshape(90, 2, 88, 2)
     assert (blocks == blocks[:, :1, :, :1]).all()
     assert (np.diff(inner[:, ::2]) != 0).any()
+
+
+def test_days_are_reckoned_by_the_longitude_that_is_given(items):
+    """As a search reckons them, whose longitude goes beyond 180 where its area crosses the antimeridian."""
+    usual, east = (
+        open_cube(items=items[2:3], grid=GRID, bands=["blue"], mask=SCL, longitude=longitude)["solar_day"].values[0]
+        for longitude in (None, 240.0)
+    )
+    assert east - usual == np.timedelta64(1, "D")
 
 
 def test_opening_computes_nothing_and_pickles_small(items):
@@ -162,7 +171,7 @@ def test_opening_computes_nothing_and_pickles_small(items):
     ]
     with dask.config.set(scheduler=fail):
         for loader in ("stackstac", "odc"):
-            cube = open_cube(items=gone, grid=GRID, bands=["blue"], mask=SCL, classify=classify, loader=loader)
+            cube = open_cube(items=gone, grid=GRID, bands=["blue"], mask=SCL, loader=loader)
             assert all(variable.chunks for variable in cube.data_vars.values())
     with pytest.raises(ReadError, match="/nowhere"):
         cube["valid"].compute(scheduler="synchronous")
@@ -183,7 +192,7 @@ def test_no_token_and_no_secret_in_the_graph(items, loader, monkeypatch):
     ]
     assert "very-secret-sas" in signing.sign(remote[0].assets["blue"].href, auth)
     cube = open_cube(
-        items=remote, grid=GRID, bands=["blue", "nir"], mask=SCL, classify=classify, loader=loader,
+        items=remote, grid=GRID, bands=["blue", "nir"], mask=SCL, loader=loader,
         profile=Profile(name="pc", bands={}, auth=auth),
     )  # fmt: skip
     graph = pickle.dumps(dict(cube["reflectance"].data.__dask_graph__()))
@@ -205,9 +214,9 @@ def test_mixed_crs_with_and_without_a_code(tmp_path, loader):
         ),
         scene(tmp_path, "home", "2023-08-08T10:00:00Z", seed=7),
     ]  # fmt: skip
-    cube = open_cube(
-        items=mixed, grid=GRID, bands=["blue", "nir"], mask=SCL, classify=classify, loader=loader, chunk_px=80
-    ).compute(scheduler="synchronous")
+    cube = open_cube(items=mixed, grid=GRID, bands=["blue", "nir"], mask=SCL, loader=loader, chunk_px=80).compute(
+        scheduler="synchronous"
+    )
     codes, states = direct(mixed, GRID, ["blue", "nir"])
     assert np.array_equal(cube["reflectance"], to_reflectance(codes), equal_nan=True)
     assert np.array_equal(cube["state"], states)
@@ -220,25 +229,23 @@ def test_a_grid_without_a_code_goes_through_odc_only(items):
     x, y = Transformer.from_crs(UTM, wkt, always_xy=True).transform(LEFT + 800, TOP - 800)
     grid = Grid.around(box(x - 500, y - 500, x + 500, y + 500), crs=wkt, resolution_m=10.0)
     with pytest.raises(ConfigError, match="loader: odc"):
-        open_cube(items=items, grid=grid, bands=["blue"], mask=SCL, classify=classify)
-    cube = open_cube(items=items[:2], grid=grid, bands=["blue"], mask=SCL, classify=classify, loader="odc")
+        open_cube(items=items, grid=grid, bands=["blue"], mask=SCL)
+    cube = open_cube(items=items[:2], grid=grid, bands=["blue"], mask=SCL, loader="odc")
     codes, _ = direct(items[:2], grid, ["blue"])
     assert np.array_equal(cube["reflectance"].compute(), to_reflectance(codes), equal_nan=True)
 
 
 def test_what_cannot_be_opened_is_told(items):
     with pytest.raises(NoItemsError):
-        open_cube(items=[], grid=GRID, bands=["blue"], mask=SCL, classify=classify)
+        open_cube(items=[], grid=GRID, bands=["blue"], mask=SCL)
     with pytest.raises(ItemError, match="offset"):
-        open_cube(items=[replace(items[0], offset_dn=None)], grid=GRID, bands=["blue"], mask=SCL, classify=classify)
+        open_cube(items=[replace(items[0], offset_dn=None)], grid=GRID, bands=["blue"], mask=SCL)
     with pytest.raises(ItemError, match=r"'red'.*blue"):
-        open_cube(items=items, grid=GRID, bands=["red"], mask=SCL, classify=classify)
+        open_cube(items=items, grid=GRID, bands=["red"], mask=SCL)
     with pytest.raises(ItemError, match="'clm'"):
-        open_cube(
-            items=items, grid=GRID, bands=["blue"], mask=SCL.model_copy(update={"asset": "clm"}), classify=classify
-        )
+        open_cube(items=items, grid=GRID, bands=["blue"], mask=SCL.model_copy(update={"asset": "clm"}))
     with pytest.raises(ConfigError, match="loader"):
-        open_cube(items=items, grid=GRID, bands=["blue"], mask=SCL, classify=classify, loader="gdal")
+        open_cube(items=items, grid=GRID, bands=["blue"], mask=SCL, loader="gdal")
 
 
 DATA = os.environ.get("CLOUDGATE_DATA")
@@ -290,9 +297,9 @@ def test_real_two_tiles_half_a_pixel_apart(loader):
     a, _, left, _, _, top = min(items, key=lambda i: i.id).assets["blue"].transform
     grid = Grid(UTM, a, (left % a, top % a), -int(top // a) - 60, int(left // a) - 3, 300, 300)
     bands = ["blue", "nir"]
-    cube = open_cube(
-        items=items, grid=grid, bands=bands, mask=SCL, classify=classify, loader=loader, chunk_px=128
-    ).compute(scheduler="synchronous")
+    cube = open_cube(items=items, grid=grid, bands=bands, mask=SCL, loader=loader, chunk_px=128).compute(
+        scheduler="synchronous"
+    )
     codes, states = direct(items, grid, bands)
     assert len(cube["time"]) == 5
     assert np.array_equal(cube["reflectance"], to_reflectance(codes), equal_nan=True)
@@ -305,9 +312,9 @@ def test_real_two_tiles_half_a_pixel_apart(loader):
 def test_real_three_crs_in_one_collection(loader):
     items = real_items("exeter_20m_mixedcrs")
     grid = Grid("EPSG:32630", 20.0, (0.0, 0.0), -281100, 23150, 330, 340)
-    cube = open_cube(
-        items=items, grid=grid, bands=["red"], mask=SCL, classify=classify, loader=loader, chunk_px=150
-    ).compute(scheduler="synchronous")
+    cube = open_cube(items=items, grid=grid, bands=["red"], mask=SCL, loader=loader, chunk_px=150).compute(
+        scheduler="synchronous"
+    )
     codes, states = direct(items, grid, ["red"])
     assert np.array_equal(cube["reflectance"], to_reflectance(codes), equal_nan=True)
     assert np.array_equal(cube["state"], states)

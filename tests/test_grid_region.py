@@ -111,6 +111,10 @@ def test_a_polygon_is_drawn_once_in_strips_as_it_would_be_at_once(tmp_path, monk
         ("{", "not GeoJSON"),
         ('{"type": "Point", "coordinates": [1, 2]}', "'Point'"),
         ('{"type": "Polygon", "coordinates": [[[5e5, 5e6], [6e5, 5e6], [6e5, 6e6], [5e5, 5e6]]]}', "not degrees"),
+        ('{"type": "Feature", "properties": {}, "geometry": null}', "no polygon with an area"),
+        ('{"type": "FeatureCollection"}', "holds no geometry that can be read"),
+        ('{"type": "Polygon", "coordinates": [1, 2]}', "holds no geometry that can be read"),
+        ('{"type": "Polygon", "coordinates": [[[15, 46], [16, null], [16, 47], [15, 46]]]}', "holds no geometry"),
     ],
 )
 def test_a_polygon_file_that_cannot_serve(tmp_path, content, said):

@@ -80,6 +80,16 @@ def test_a_bucket_gets_its_lines_in_one_object(tmp_path):
     assert json.loads(data)["task"] == "0-0-0"
 
 
+def test_the_last_success_outlives_the_process_that_had_it(tmp_path):
+    place = tmp_path / "cloudgate.prom"
+    first = Metrics(str(place))
+    first.take("period", {"state": "finished"})
+    line = next(line for line in place.read_text().splitlines() if line.startswith("cloudgate_last_success"))
+    assert float(line.split()[1]) > 1e9
+    Metrics(str(place)).write()  # as the next tick's process does before it has anything to do
+    assert line in place.read_text().splitlines()
+
+
 def test_metrics_are_served_on_loopback():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

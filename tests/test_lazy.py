@@ -1,16 +1,20 @@
 """The lazy way: nothing is computed, and what comes out in the end are the job's bytes."""
 
 from dataclasses import replace
+from datetime import UTC, date, datetime
 
 import dask
 import numpy as np
+import pandas as pd
 import pytest
 from small_region import BANDS, recipe
 
 from pipeline import cloud_mask, compose, open_cube
 from pipeline.bands import to_reflectance
+from pipeline.errors import ConfigError
 from pipeline.grid import Grid
 from pipeline.layers import FLAGS
+from pipeline.lazy import _day
 from pipeline.request import mask_params
 from pipeline.tasks import compose_window
 
@@ -77,3 +81,13 @@ def test_nothing_is_computed_and_nothing_is_read(small, monkeypatch):
             assert {"clear_count", "source_date", "flags", *BANDS} <= set(made.data_vars)
             assert made["red"].dtype == np.float32
             assert made.sizes == {"y": asked.grid.height, "x": asked.grid.width}
+
+
+def test_a_target_may_be_a_date_of_any_kind():
+    days = np.array([19584], np.int32)
+    stamps = (datetime(2023, 8, 15, 22, tzinfo=UTC), pd.Timestamp("2023-08-15T10:00"))
+    for target in ("2023-08-15", date(2023, 8, 15), *stamps):
+        assert _day(target, days) == 19584
+    for wrong in ("15.8.2023", 19584):
+        with pytest.raises(ConfigError, match="is no date"):
+            _day(wrong, days)

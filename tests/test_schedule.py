@@ -434,6 +434,23 @@ def test_a_wrong_schedule_is_told_before_any_work(world, changes, said):
     assert not list(world.folder.glob("*.run"))
 
 
+def test_a_scheduled_job_looks_as_far_back_as_it_did_alone(world):
+    job = yaml.safe_load(world.write().read_text())["job"]
+    job["time"] = {"start": "2021-06-11", "end": "2021-06-20", "lookback_days": 45}
+    assert world.load(job=job).series[0].job.time.lookback_days == 45
+    assert world.load(job=job, lookback_days=10).series[0].job.time.lookback_days == 10
+    with pytest.raises(ConfigError, match=r"job.time.lookback_days: 'far' is no number of days"):
+        world.load(job=job | {"time": {"lookback_days": "far"}})
+
+
+@pytest.mark.parametrize(("field", "said"), [("time.lookback_days=60", "lookback_days"), ("area.mgrs=32TPT", "areas")])
+def test_what_a_schedule_says_itself_is_not_overridden_in_silence(world, field, said):
+    with pytest.raises(
+        ConfigError, match=rf"--set {field.partition('=')[0]}: a schedule says that itself; change {said}"
+    ):
+        load_schedule(world.write(), overrides=[field])
+
+
 def test_two_areas_must_not_share_a_store(world):
     job = yaml.safe_load(world.write().read_text())["job"] | {"output": {"store": "one.zarr"}}
     with pytest.raises(ConfigError, match=r"the areas a and b would both write one.zarr.*put \{area\}"):

@@ -1,6 +1,7 @@
 """A series is built period by period: a period is of one recipe, whatever changed or was killed between."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,15 @@ from typer.testing import CliRunner
 from pipeline import mosaic, runner
 from pipeline.cli import app
 from pipeline.config import Job
-from pipeline.errors import NothingClearError, StoreError
+from pipeline.errors import NothingClearError, StoreError, StoreMismatchError
 from pipeline.flight import Orders
 from pipeline.mosaic import build
 from pipeline.objects import objects_at
 from pipeline.records import RunFolder
 from pipeline.status import status
 from pipeline.store import open_mosaic
+from pipeline.view_pixel import frozen_request
+from pipeline.view_store import ViewStore
 
 
 class Killed(BaseException):
@@ -95,6 +98,34 @@ def test_a_kill_while_a_period_is_taken_back_leaves_no_hole(series, monkeypatch,
     build(job=fresh, slots=[0], client=client)
     xr.testing.assert_equal(open_mosaic(store=job.output.store), open_mosaic(store=fresh.output.store))
     assert np.isfinite(open_mosaic(store=job.output.store)["blue"]).any()
+
+
+@pytest.mark.parametrize("kind", ["", "icechunk:"])
+def test_a_store_that_is_gone_is_not_taken_for_finished(series, monkeypatch, tmp_path, kind):
+    client, job = InlineClient(monkeypatch), series(f"{kind}m.zarr")
+    build(job=job, slots=[0], client=client)
+    shutil.move(tmp_path / "m.zarr", tmp_path / "away")
+    with pytest.raises(StoreMismatchError, match=r"m.zarr is gone, and its run records .*remove .*m.zarr.run to begin"):
+        build(job=job, slots=[0, 1], client=client)
+    shutil.move(tmp_path / "away", tmp_path / "m.zarr")
+    build(job=job, slots=[0, 1], client=client)
+    alone = series("one.zarr", time={"start": "2021-06-11", "end": "2021-06-20"})
+    with killed_in(monkeypatch, mosaic, "publish_period"):
+        build(job=alone, client=client)
+    shutil.rmtree(tmp_path / "one.zarr")
+    with pytest.raises(StoreMismatchError, match="put it back, or begin anew with --restart"):
+        build(job=alone, client=client)
+    assert build(job=alone, client=client, restart=True).periods[0]["published"]
+
+
+def test_a_store_keeps_its_title_and_each_period_its_job(series, monkeypatch, tmp_path):
+    client = InlineClient(monkeypatch)
+    build(job=series(name="first"), slots=[0], client=client)
+    build(job=series(name="second", method="p25"), slots=[1], client=client)
+    names = {path.name for path in (tmp_path / "m.stac").glob("*.json")}
+    assert names == {"collection.json", "first_2021-06-15.json", "first_2021-06-25.json"}
+    store = ViewStore(tmp_path / "m.zarr")
+    assert [frozen_request(store, slot)[0].job.method.name for slot in (0, 1)] == ["median", "p25"]
 
 
 def test_records_that_cannot_be_removed_are_told(tmp_path, monkeypatch):

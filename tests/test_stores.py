@@ -117,6 +117,10 @@ def test_a_period_written_again_replaces_every_pixel(where):
     _write(where, 0, new)
     seen = _raw(where)["red"].values[0]
     assert np.array_equal(seen, old["red"]) == store.replaces(where)  # elsewhere a run hides the period meanwhile
+    exported = store.read_region(where, GRID, 0, (0, 32), (0, 32), "red", published=True)  # what readers see
+    np.testing.assert_array_equal(exported, seen[:32, :32])
+    unfinished = store.read_region(where, GRID, 0, (0, 32), (0, 32), "red")
+    np.testing.assert_array_equal(unfinished, new["red"][:32, :32])
     _publish(where, 0, [True])
     for name, values in new.items():
         np.testing.assert_array_equal(_raw(where)[name].values[0], values, err_msg=name)
