@@ -35,7 +35,7 @@ def classify(values: NDArray, rule: MaskRule) -> NDArray[np.uint8]:
     state = np.full(values.shape, CLEAR, np.uint8)
     state[np.isin(values, rule.cloud)] = CLOUD
     state[np.isin(values, rule.shadow)] = SHADOW
-    state[values == rule.nodata] = NODATA
+    state[(values == rule.nodata) | (values == 1)] = NODATA  # defective pixels are none, either
     return state
 
 
