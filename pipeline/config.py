@@ -251,8 +251,7 @@ class Mask(_Base):
             ConfigError: for a raster whose classes nobody knows.
         """
         if self.source == "scl":
-            usual = MaskRule(kind="scl", cloud=(8, 9, 10), shadow=(3,), nodata=0)
-            return next((rule for rule in known if rule.kind == "scl"), usual)
+            return next((rule for rule in known if rule.kind == "scl"), rule_of((), asset="scl"))
         given = self.model_dump(include={"asset", "cloud", "shadow", "bits", "threshold", "nodata"}, exclude_none=True)
         return rule_of(known, **given) if given else None
 
