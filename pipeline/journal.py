@@ -28,8 +28,8 @@ from pipeline.redaction import without_secrets
 EVERY_S: Final = 30.0
 PART_LINES: Final = 5_000
 MOST_BYTES: Final = 50_000_000
-_LAST: Final = "cloudgate_last_success_timestamp_seconds"
 """A log that grew so large is put aside as ``log.1.jsonl``, over the one before."""
+_LAST: Final = "cloudgate_last_success_timestamp_seconds"
 
 
 class Hears(Protocol):
@@ -234,7 +234,7 @@ def _last_success(path: Path) -> float:
     with suppress(OSError, ValueError):
         for line in path.read_text().splitlines():
             if line.startswith(f"{_LAST} "):
-                return float(line.split()[1])
+                return float(line.partition(" ")[2])
     return 0.0
 
 

@@ -187,7 +187,7 @@ def _geometries(data: dict[str, Any]) -> list[Any]:
     if data["type"] in ("Polygon", "MultiPolygon"):
         return [data]
     features = data["features"] if data["type"] == "FeatureCollection" else [data]
-    return [feature["geometry"] for feature in features if feature["geometry"]]
+    return [feature["geometry"] for feature in features if feature.get("geometry")]
 
 
 def _unwrap(geometry: BaseGeometry) -> BaseGeometry:
