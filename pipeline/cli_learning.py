@@ -41,6 +41,8 @@ def train(
 
                 trained = learn(training, restart=restart, progress=progress)
                 answer["trained"] = trained.__dict__
+                if trained.rank:  # one of several processes tells
+                    return
         if as_json:
             print_json(answer)
         elif not prepare:

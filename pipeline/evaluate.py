@@ -212,15 +212,22 @@ def _summary(own: list[Row], reference: list[Row], dates: NDArray[Any]) -> Row:
     def column(rows: list[Row], name: str) -> NDArray[np.float64]:
         return np.array([row[name] for row in rows], np.float64)
 
-    difference = column(own, "psnr") - column(reference, "psnr")
-    known = np.isfinite(difference)
-    gain = metrics.paired_block_bootstrap(differences=difference[known], blocks=dates[known])
+    def gains(name: str) -> tuple[NDArray[np.bool_], Row]:
+        difference = column(own, name) - column(reference, name)
+        known = np.isfinite(difference)
+        ends = metrics.paired_block_bootstrap(differences=difference[known], blocks=dates[known])
+        return known, {"gain": ends.mean, "gain_low": ends.low, "gain_high": ends.high}
+
+    known, gain = gains("psnr")
     out: Row = {"cases": int(known.sum()), "dates": len(set(dates[known].tolist()))}
     out |= {"psnr": _mean(column(own, "psnr")), "psnr_median": _mean(column(own, "psnr"), np.median)}
     for name in ("mae", "rmse", "sam", "ssim", "bias", "covered", "changed_psnr", "observed_mae", "ring_mae"):
         out[name] = _mean(column(own, name))
     out["unfillable"] = _mean(column(own, "unfillable"))
-    return out | {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
+    out |= gain
+    return out | {
+        f"changed_{name}": value for name, value in gains("changed_psnr")[1].items()
+    }  # where something happened
 
 
 def _mean(values: NDArray[np.float64], of: Any = np.mean) -> float:

@@ -220,7 +220,7 @@ def _read(weights: str, sha256: str) -> "Model":
         return _read_once(weights, sha256)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _read_once(weights: str, sha256: str) -> "Model":
     from pipeline.models.weights import content_hash, load_model
 
@@ -239,7 +239,7 @@ def _on_device(weights: str, sha256: str, device: str) -> "Model":
         return model if device == "cpu" else _moved(weights, sha256, device)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _moved(weights: str, sha256: str, device: str) -> "Model":
     import copy
 

@@ -107,7 +107,9 @@ class Cases(_Base):
     whole_share: float = Field(
         0.25, ge=0, le=1, description="share of samples whose target is dropped whole (complete)"
     )
-    thin_share: float = Field(0.25, ge=0, le=1, description="share of samples that keep only some of the other looks")
+    thin_share: float = Field(
+        0.25, ge=0, le=1, description="share of samples that keep only some of the other looks (complete)"
+    )
     omit_share: float = Field(
         0.0, ge=0, le=1, description="share of samples whose masks are made worse: they miss a part of the clouds"
     )
@@ -180,9 +182,13 @@ class Fit(_Base):
         "auto", description="auto: bf16-mixed on a GPU that has it, else 32-true"
     )
     accelerator: str = Field("auto", description="auto, cpu or cuda")
-    devices: int = Field(1, ge=1, description="GPUs or processes")
+    devices: int = Field(1, ge=1, description="GPUs or processes, a part of the batch each")
     strategy: str = Field("auto", description="of Lightning, such as ddp")
-    loaders: int = Field(0, ge=0, description="processes that read samples ahead; 0 reads in the training process")
+    loaders: int | None = Field(
+        None,
+        ge=0,
+        description="processes that read samples ahead, 0 reads in the training process; default 4 a GPU, 0 on a CPU",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default all")
 
 

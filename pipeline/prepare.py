@@ -32,6 +32,7 @@ from pipeline.samples import ABOUT, ARRAYS, COMPLETE, DONE, LAYOUT, done_cases, 
 PAPER_CLOUD, PAPER_MISSING = 0.50, 0.33
 """A patch of mode ``paper`` has at most so much cloud and so much missing (Oehmcke et al. 2020, section 4.1.1)."""
 FLOAT16_MAX: Final = 6e4
+_FITTED: Final = estimates.CONTEXT.index("fitted")
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def training_cases(series: Series, rules: Cases, seed: int) -> Iterator[Case]:
         if rules.mode == "complete" and rng.random() < rules.whole_share:
             whole = cases.without_target(case)
             case = replace(whole, id=f"{case.id}/whole", hole=whole.hole & _core(series))
-        if rng.random() < rules.thin_share and len(case.days) > 3:
+        if rules.mode == "complete" and rng.random() < rules.thin_share and len(case.days) > 3:
             keep = rng.permutation(len(case.days))[: rng.integers(3, len(case.days) + 1)]
             case = cases.with_looks(case, keep)
         case = cases.nearest_looks(case, rules.max_looks)
@@ -262,8 +263,13 @@ def _write_case(
     block = xr.Dataset(
         {name: ((*dims, "y", "x"), _padded(v, series.core, padded)) for name, (dims, v) in layers.items()}
     )
+    ground = _ground(series, padded)
     for name in ("hole", "truth"):
-        block[name] = block[name] * _ground(series, padded)
+        block[name] = block[name] * ground
+    # a reflection is for the eyes of convolutions: no second witness for the kriging, and no ground to a target's share
+    block["context"][{"fact": _FITTED}] *= ground
+    if rules.mode == "paper":
+        block["truth_bits"] = block["truth_bits"] | np.where(ground, np.uint8(0), np.uint8(VOID))
     windows = BatchGenerator(block, input_dims=patch_dims(block, rules.patch_px), preload_batch=False)
     across, patches = padded[1] // rules.patch_px, []
     for position, patch in enumerate(windows):

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, StoreMismatchError
 from pipeline.items import EPOCH
 from pipeline.learnfile import Span, Split
 
-LAYOUT: Final = 1
+LAYOUT: Final = 2
 ABOUT: Final = "store.json"
 COMPLETE: Final = "complete.json"
 DONE: Final = "done.jsonl"

@@ -107,7 +107,7 @@ class Scheme:
         """Both networks move, or neither; the network's gradient is there already."""
         judge = cast(nn.Module, self.judge)
         if self.fit.precision == "16-mixed":  # its scaler takes one optimiser after the other, and skips bad gradients
-            _check(caught)
+            self._check(caught)
             _descend(self.optimizer, rate)
             self._grade(caught, judge, self.judge_optimizer)
         else:
@@ -117,7 +117,7 @@ class Scheme:
 
     def _grade(self, loss: Tensor, net: nn.Module, optimizer: Any) -> None:
         """The gradient of a loss, clipped."""
-        _check(loss)
+        self._check(loss)
         optimizer.zero_grad()
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(net, optimizer, max_norm=self.fit.clip, error_if_nonfinite=False)
@@ -125,9 +125,24 @@ class Scheme:
         if norm is not None and not torch.isfinite(norm) and self.fit.precision != "16-mixed":
             raise NotFiniteError(f"the gradient's norm is {float(norm)}")
 
+    def _check(self, loss: Tensor) -> None:
+        """All processes stop where one has to: the others would wait for its gradient for ever."""
+        if not torch.isfinite(loss):
+            self.fabric.all_reduce(torch.zeros((), device=loss.device), reduce_op="min")
+            raise NotFiniteError(f"the loss is {float(loss.detach())}")
+        if not self.fabric.all_reduce(torch.ones((), device=loss.device), reduce_op="min"):
+            raise NotFiniteError("the loss of another process is no number; here it is finite")
+
     def answer(self, given: Batch) -> Completed:
-        """The network's answer to a batch."""
+        """The network's answer to a batch that is learned from."""
         return Completed(**self.net(_mapping(given)))
+
+    @torch.no_grad()
+    def examined(self, given: Batch) -> Completed:
+        """The answer in evaluation; past the wrapper of several devices, which may have batches of unequal number."""
+        self.model.eval()
+        with self.fabric.autocast():
+            return cast(Completed, self.model(given))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a training needs to go on."""
@@ -143,11 +158,6 @@ class Scheme:
         if self.judge is not None:
             self.judge.load_state_dict(state["judge"])
             self.judge_optimizer.load_state_dict(state["judge_optimizer"])
-
-
-def _check(loss: Tensor) -> None:
-    if not torch.isfinite(loss):
-        raise NotFiniteError(f"the loss is {float(loss.detach())}")
 
 
 def _descend(optimizer: Any, rate: float) -> None:

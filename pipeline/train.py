@@ -7,6 +7,7 @@ training takes the very steps the interrupted one would have taken. Imports neit
 
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -34,6 +35,9 @@ from pipeline.samples import Sample, Store, sources_of, split_samples
 from pipeline.scheme import NotFiniteError, Scheme
 from pipeline.training_folder import CURVES, EPOCHS, STATE, STEPS, WEIGHTS, Records, State, unreadable
 
+GPU_LOADERS: Final = 4
+"""Processes that read ahead for each GPU, unless ``fit.loaders`` says otherwise."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -47,6 +51,7 @@ class Trained:
         finished: False where the same command would go on.
         wait_share: of this run's time, spent waiting for samples.
         seconds: of this run.
+        rank: of this process where several train; 0 is the one that writes.
     """
 
     weights: Path
@@ -57,6 +62,7 @@ class Trained:
     finished: bool
     wait_share: float
     seconds: float
+    rank: int = 0
 
 
 def train(training: Training, *, restart: bool = False, progress: Progress | None = None) -> Trained:
@@ -89,6 +95,8 @@ class Course:
         self.parts["train"] = _weighted(self.parts["train"], self.store.samples, training)
         self.fabric = _fabric(training)
         self.fabric.launch()
+        ahead = min(GPU_LOADERS, (os.cpu_count() or 1) - 1) if self.fabric.device.type == "cuda" else 0
+        self.loaders = ahead if self.fit.loaders is None else self.fit.loaders
         self.scheme = Scheme(training, self.fabric, paper=self.paper)
         self.model = self.scheme.model
         self.saved = _saved(self.model, training)
@@ -101,8 +109,9 @@ class Course:
         # once, before any work: the file may be another training's, and change
         self.start = None if training.start is None else weights.content_hash(training.start)
         request, writes = _request(training, self.store) | {"start": self.start}, self.fabric.is_global_zero
-        self.records = Records(training.out, request, restart=restart, writes=writes)
-        self.state, there = self.records.load(self.fabric.device)
+        with self.fabric.rank_zero_first():
+            self.records = Records(training.out, request, restart=restart and writes, writes=writes)
+            self.state, there = self.records.load(self.fabric.device)
         if there:
             try:
                 self.scheme.load_state_dict(there)
@@ -114,6 +123,7 @@ class Course:
     def run(self, progress: Progress) -> Trained:
         """Go through the epochs that are left."""
         began, fit, state = time.perf_counter(), self.fit, self.state
+        progress = progress if self.fabric.is_global_zero else Silent()
         train = self._loader("train", self.order, learn=True)
         exam = self._loader("validation", self.exam, learn=False)
         counts = ", ".join(f"{len(numbers)} {part}{self._by_source(numbers)}" for part, numbers in self.parts.items())
@@ -129,9 +139,11 @@ class Course:
                 stopped = f"{fit.max_minutes:g} minutes are over"
                 break
             row = self._examine(exam)
+            if not math.isfinite(row["mse"]):
+                raise self._unexamined(row["mse"])
             self._finish_epoch(row)
             state.ended = self._ended()
-            if time.perf_counter() > limit and not state.ended:
+            if not state.ended and self._over(limit):
                 stopped = f"{fit.max_minutes:g} minutes are over"
             progress.step(1)
             progress.say(_line(row, state))
@@ -150,6 +162,7 @@ class Course:
             bool(state.ended),
             wait,
             time.perf_counter() - began,
+            self.fabric.global_rank,
         )
 
     def _ended(self) -> str:
@@ -179,10 +192,14 @@ class Course:
             self.records.log(STEPS, {"step": state.step, "epoch": state.epoch, "rate": rate, **terms})
             if state.step % fit.checkpoint_steps == 0:
                 self._save()
-            if time.perf_counter() > limit:
+            if self._over(limit):
                 self._save()
                 return state.batch >= len(self.order)
         return True
+
+    def _over(self, limit: float) -> bool:
+        """Whether time is over by the first process' clock: all stop at the same step."""
+        return math.isfinite(limit) and bool(self.fabric.broadcast(time.perf_counter() > limit))
 
     def _rate(self) -> float:
         """Constant, then linear to 0 (Oehmcke et al. 2020, section 4.1.2)."""
@@ -196,18 +213,21 @@ class Course:
     @torch.no_grad()
     def _examine(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Errors on the validation samples' holes, of the network and of its prior."""
-        self.scheme.net.eval()
         self.exam.epoch = self.exam.first = 0
         sums = torch.zeros(7, dtype=torch.float64)  # as ``scores`` gives them
         for _, lesson in timed(loader):
             there = lesson.to(self.fabric.device)
-            made = self.scheme.answer(undistorted(there.given)).image.float().cpu()
+            made = self.scheme.examined(undistorted(there.given)).image.float().cpu()
             scored = exam_pixels(lesson, self.paper)
             for truth, image, prior, where in zip(lesson.truth, made, lesson.given.prior, scored, strict=True):
                 sums += torch.tensor(scores(truth.numpy(), image.numpy(), prior.numpy(), where.numpy()))
         total: Any = self.fabric.all_reduce(sums, reduce_op="sum")
         squared, count, psnr, prior, cases, ssim, similar = (float(v) for v in total)
-        row = {"epoch": float(self.state.epoch), "step": float(self.state.step), "mse": squared / max(count, 1)}
+        row = {
+            "epoch": float(self.state.epoch),
+            "step": float(self.state.step),
+            "mse": squared / count if count else math.nan,
+        }
         row |= {"psnr": psnr / max(cases, 1), "ssim": ssim / max(similar, 1), "prior_psnr": prior / max(cases, 1)}
         gamma = _gamma(self.model)
         return row | {"loss": self.records.loss_of(self.state.epoch), "gamma": gamma, "rate": self._rate()}
@@ -264,6 +284,15 @@ class Course:
             "samples, or lower fit.rate or fit.clip and start over with --restart"
         )
 
+    def _unexamined(self, error: float) -> RunError:
+        """The error that ends a training whose network cannot be judged; the state of the last checkpoint stays."""
+        return RunError(
+            f"training stopped after epoch {self.state.epoch + 1}: the validation error is {error}: the network gives "
+            "no numbers, or no pixel of the validation samples can be scored; what was best before, if anything, is in "
+            f"{self.training.out / WEIGHTS}: lower fit.rate or fit.clip, or name other places in split.validation, "
+            "and start over with --restart"
+        )
+
     # -- small parts -----------------------------------------------------------------------------------------------
 
     @property
@@ -277,9 +306,9 @@ class Course:
             data,
             batch_sampler=order,
             collate_fn=collate,
-            num_workers=self.fit.loaders,
-            multiprocessing_context="spawn" if self.fit.loaders else None,
-            persistent_workers=self.fit.loaders > 0,
+            num_workers=self.loaders,
+            multiprocessing_context="spawn" if self.loaders else None,
+            persistent_workers=self.loaders > 0,
         )
 
 
@@ -325,8 +354,11 @@ def _fabric(training: Training) -> Fabric:
     if precision == "auto":
         on_gpu = fit.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
         precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    strategy = fit.strategy
+    if fit.devices > 1 and strategy in ("auto", "ddp"):  # a batch without a clear target pixel leaves the kriging out
+        strategy = "ddp_find_unused_parameters_true"
     try:
-        return Fabric(accelerator=fit.accelerator, devices=fit.devices, strategy=fit.strategy, precision=precision)
+        return Fabric(accelerator=fit.accelerator, devices=fit.devices, strategy=strategy, precision=precision)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"fit: this machine cannot do accelerator {fit.accelerator}, devices {fit.devices}, "

@@ -1,9 +1,9 @@
 """What a training keeps on disk: in come its request, state and rows of the log, out come files to go on from.
 
-The state is written whole or not at all. A folder belongs to one request: another one is refused.
+The state is written whole or not at all, as safetensors with the rest as JSON: nothing is ever unpickled. A folder
+belongs to one request: another one is refused.
 """
 
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
 
 from pipeline.errors import StoreMismatchError
 from pipeline.logs import append, cut, rows_of
 from pipeline.objects import write_whole
 
-STATE: Final = "state.pt"
+STATE: Final = "state.safetensors"
+_OLD_STATE: Final = "state.pt"
+_KEY: Final = "cloudgate"
 REQUEST: Final = "training.json"
 STEPS: Final = "steps.csv"
 EPOCHS: Final = "epochs.csv"
@@ -55,7 +60,7 @@ class Records:
         self.out, self.writes = out, writes
         path = out / REQUEST
         if restart:
-            for name in (REQUEST, STATE, STEPS, EPOCHS, WEIGHTS, CURVES):
+            for name in (REQUEST, STATE, _OLD_STATE, STEPS, EPOCHS, WEIGHTS, CURVES):
                 (out / name).unlink(missing_ok=True)
         if path.is_file():
             there = json.loads(path.read_text())
@@ -73,10 +78,17 @@ class Records:
         path = self.out / STATE
         if path.is_file():
             try:
-                there = torch.load(path, map_location=device, weights_only=True)
+                with safe_open(path, "pt", device=str(device)) as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+                    there = _joined(json.loads(file.metadata()[_KEY]), tensors)
                 state = State(**there.pop("state"))
             except Exception as error:
                 raise unreadable(path, error) from error
+        elif (self.out / _OLD_STATE).is_file():
+            raise StoreMismatchError(
+                f"out: {self.out / _OLD_STATE} is the state of an earlier version, which this one does not read; start "
+                "over with --restart, or name another folder"
+            )
         if self.writes:
             cut(self.out / STEPS, "step", state.step)
             cut(self.out / EPOCHS, "epoch", state.epoch - 1)
@@ -87,9 +99,9 @@ class Records:
         if not self.writes:
             return
         kept = {f.name: getattr(state, f.name) for f in fields(State)}
-        buffer = io.BytesIO()
-        torch.save({"state": kept, **tensors}, buffer)
-        write_whole(self.out / STATE, buffer.getvalue())
+        found: dict[str, Tensor] = {}
+        about = json.dumps(_parted({"state": kept, **tensors}, found))
+        write_whole(self.out / STATE, to_bytes(found, {_KEY: about}))
 
     def log(self, name: str, row: Mapping[str, float]) -> None:
         """Add a row to a table."""
@@ -105,3 +117,27 @@ class Records:
 def unreadable(path: Path, error: Exception) -> StoreMismatchError:
     """The error of a state that cannot be taken up."""
     return StoreMismatchError(f"out: {path} cannot be read ({type(error).__name__}); start over with --restart")
+
+
+def _parted(value: Any, found: dict[str, Tensor]) -> Any:
+    """A tree as JSON, its tensors put into ``found``; mappings as pairs, since an optimiser's keys are numbers."""
+    if isinstance(value, Tensor):
+        name = str(len(found))
+        found[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"pairs": [[key, _parted(one, found)] for key, one in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_parted(one, found) for one in value]
+    return value
+
+
+def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that ``_parted`` took apart."""
+    if isinstance(value, list):
+        return [_joined(one, tensors) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    return {key: _joined(one, tensors) for key, one in value["pairs"]}

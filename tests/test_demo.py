@@ -61,6 +61,9 @@ def test_it_leaves_what_it_says(demo):
 def test_every_method_is_scored_and_regression_beats_interpolation(demo):
     scores = {score.method: score for score in demo[1].scores}
     assert set(scores) == set(methods_here(BANDS, Silent())) >= set(METHODS) - set(LEARNED)
+    assert "timegate" in scores  # with the weights that come with the package
+    assert scores["timegate"].gap_psnr > scores["regression"].gap_psnr - 0.2
+    assert scores["timegate"].unfilled == scores["regression"].unfilled
     assert scores["regression"].gap_psnr > scores["linear"].gap_psnr + 1
     classical = set(scores) - set(LEARNED)
     assert max(classical, key=lambda name: scores[name].gap_psnr) == "regression"

@@ -64,6 +64,7 @@ def test_numbers_say_what_the_product_does(report: Report) -> None:
     assert by_method["regression"]["gain"] == 0
     assert by_method["linear"]["gain_low"] <= by_method["linear"]["gain"] <= by_method["linear"]["gain_high"]
     assert by_method["linear"]["skill"] == 0
+    assert by_method["regression"]["changed_gain"] == 0 or np.isnan(by_method["regression"]["changed_gain"])
     assert 0.5 < by_method["regression"]["covered"] <= 1
     assert np.isnan(by_method["linear"]["covered"])
     # methods that pass observed ground through are as wrong there as the masks are, and equally so
@@ -98,6 +99,24 @@ def test_weights_are_scored_beside_the_classical_methods(tmp_path: Path, monkeyp
     scores = {row["method"]: row["psnr"] for row in made.summary if row["task"] == "complete"}
     assert set(scores) == {"regression", "timegate (own)"}
     assert scores["timegate (own)"] == pytest.approx(scores["regression"], abs=0.3)  # gamma = 0: the prior
+
+
+def test_the_sigma_of_the_weights_that_ship_is_calibrated_where_they_never_learned(
+    real_data: Path, tmp_path: Path
+) -> None:
+    job = {
+        "catalog": str(real_data / "flanders_31ues" / "items.geojson"),
+        "area": {"bbox": [4.057, 50.742, 4.069, 50.750]},
+        "time": {"start": "2017-01-01", "end": "2020-12-31"},
+        "mask": {"asset": "clm", "cloud": [1, 2], "shadow": [3], "cloud_grow_m": 0, "shadow_grow_m": 0}
+        | {"temporal_check": False},
+    }
+    sets = [{"name": "flanders_31ues", "job": job, "tasks": ["complete"]}]
+    bands, methods = ["blue", "green", "red", "nir"], ["regression", "timegate"]
+    made = evaluate(asked(tmp_path, bands=bands, methods=methods, sets=sets, max_cases=10, pictures=0))
+    scores = {row["method"]: row for row in made.summary}
+    assert 0.85 < scores["timegate"]["covered"] < 0.97  # 0.94 over all 30 cases
+    assert scores["timegate"]["gain"] > 0.3  # 1.0 over all 30 cases
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def run(
     monkeypatch.setenv("CLOUDGATE_DATA", str(real_data))
 
     def command(name: str, **changes: Any) -> tuple[xr.Dataset, dict[str, Any], RunFolder]:
-        store = tmp_path / f"{name}.zarr"
+        store = tmp_path / f"{name}-{len(list(tmp_path.glob('*.zarr')))}.zarr"
         sets = [f"cluster.{key}={value}" for key, value in cluster_fields.items()]
         sets += [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
         options = [word for one in sets for word in ("--set", one)]
@@ -108,6 +108,26 @@ def test_the_white_scene_is_no_anchor_and_leaves_no_white_pixel(run):
     assert float(made["blue"].quantile(0.99)) < 0.12
     dates = made["source_date"].values.astype("datetime64[D]").astype(str)
     assert "2018-09-23" not in dates
+
+
+def test_the_weights_that_ship_make_a_mosaic(run):
+    """January to March, each month completed by the network; where it is observed, the same bytes as `regression`."""
+    made, summary, records = run("flanders_31ues", method__name="timegate", time__end="2019-03-31")
+    _sane(made, records, filled=0.9, bands=FIELDS)
+    assert [note for period in summary["periods"] for note in period.get("notes", [])] == []
+    flags = made["flags"].values
+    composed = ((flags & FLAGS["composed_in_time"]) > 0) & ((flags & FLAGS["observed_at_anchor"]) == 0)
+    assert composed.sum() > 200
+    assert np.isfinite(made["uncertainty_nir"].values[composed]).all()
+    plain, _, _ = run("flanders_31ues", time__end="2019-03-31")
+    observed = (flags & FLAGS["observed_at_anchor"]) > 0
+    for band in FIELDS:
+        np.testing.assert_array_equal(made[band].values[observed], plain[band].values[observed])
+        off = np.abs(made[band].values - plain[band].values)[composed]
+        assert 0 < off.mean() < 2 * made[f"uncertainty_{band}"].values[composed].mean()
+    about = made.attrs["cloudgate"]["periods"]["0"]["method"]
+    assert about["name"] == "timegate"
+    assert len(about["weights_sha256"]) == 64
 
 
 # -- Zagreb: two tiles, swath edges -----------------------------------------------------------------------------

@@ -10,16 +10,20 @@ import learning
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 import zarr
 
 from pipeline import estimates
+from pipeline.cases import CLOUD, VOID
 from pipeline.errors import ConfigError, NoItemsError, NothingClearError, StoreMismatchError
 from pipeline.items import EPOCH
-from pipeline.learnfile import Fit, Simulated, Source, Span, Split
+from pipeline.learnfile import Cases, Fit, Simulated, Source, Span, Split
 from pipeline.patches import Lesson, Order, Patches, collate
 from pipeline.places import places, simulated_place
-from pipeline.prepare import prepare, training_cases
+from pipeline.prepare import _serves, prepare, training_cases
 from pipeline.samples import DONE, Sample, Store, open_store, split_samples
+
+CLEAR_SKY = {"cloud_fraction_mean": [0.2, 0.2], "cloud_fraction_concentration": [3, 3]}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,12 @@ def test_edges_are_padded_not_dropped(tmp_path: Path) -> None:
     made = Patches(store, [corner], seed=0, fit=None)[(0, 0)]
     assert (made["truth"][:, 16:, :] == 0).all()
     assert (made["truth"][:, :16, :16] != 0).all()
-    assert made["looks"][0, 0, 20:].any()  # continued by reflection
+    assert made["looks"][0, 0, 20:].any()  # continued by reflection, which is no second witness of the ground
+    right = [i for i, s in enumerate(store.samples) if s.number % 4 == 1]
+    data = Patches(store, right, seed=0, fit=None)
+    fitted = np.stack([data[(0, n)]["context"][estimates.CONTEXT.index("fitted")] for n in range(len(right))])
+    assert fitted[..., :16].any()
+    assert not fitted[..., 16:].any()
     few = learning.training(tmp_path, sources=[spec], cases=rules | {"min_valid": 0.5}, store=str(tmp_path / "few"))
     prepare(few)
     assert {sample.number % 4 for sample in open_store(tmp_path / "few").samples} == {0}
@@ -138,12 +147,55 @@ def test_paper_mode_predicts_a_clouded_date_from_the_others(tmp_path: Path) -> N
     assert clouded.any()
     assert clouded.mean(dim=(1, 2)).max() <= 0.5
     fit = Fit(drop_looks=1, insert_target=0.5)
-    varied = lessons(store, fit=fit, every=1)
+    varied, again = lessons(store, fit=fit, every=1), lessons(store, fit=fit, every=1)
+    assert torch.equal(varied.given.looks, again.given.looks)  # so that a resumed training drops the same
+    assert torch.equal(varied.given.days, again.given.days)
     steps = varied.given.steps.sum(dim=1)
     assert steps.min() >= 3
     assert len(set(steps.tolist())) > 1
     inserted = ((varied.given.days == 0) & varied.given.steps).any(dim=1)
     assert 0.1 < inserted.float().mean() < 0.9
+
+
+def test_shares_are_the_papers_and_the_products_unless_told_otherwise(store: Store) -> None:
+    """Defaults: half of the samples lose looks, a twentieth gets its target, a quarter of the cases loses the date."""
+    sample = {
+        "looks": np.zeros((9, 2, 4, 4), np.uint16),
+        "bits": np.zeros((9, 4, 4), np.uint8),
+        "days": np.arange(1, 10, dtype=np.float32),
+        "truth": np.ones((2, 4, 4), np.uint16),
+        "truth_bits": np.zeros((4, 4), np.uint8),
+    }
+    about = store.about | {"cases": store.about["cases"] | {"mode": "paper"}}
+    data = Patches(replace(store, about=about), [0], seed=0, fit=Fit())
+    made = [data._varied(dict(sample), Fit(), np.random.default_rng([1, n])) for n in range(4000)]
+    lengths = np.array([(one["days"] != 0).sum() for one in made])
+    assert lengths.min() == 3
+    # drawn evenly from 3 to 9, so a seventh of those that may lose looks keeps all
+    assert abs((lengths < 9).mean() - 0.5 * 6 / 7) < 0.03
+    assert abs(np.mean([(one["days"] == 0).any() for one in made]) - 0.05) < 0.012
+    training = learning.training(Path("unused"))
+    series = simulated_place("sim", training.sources[0].simulate or Simulated(), 1001, training.bands)
+    cases = [c for seed in range(60) for c in training_cases(series, training.cases, seed)]
+    assert abs(np.mean([case.target is None for case in cases]) - 0.25) < 0.06
+
+
+@pytest.mark.parametrize(("cloud", "missing", "serves"), [(0.5, 0, 1), (0.55, 0, 0), (0, 0.3, 1), (0, 0.35, 0)])
+def test_a_target_of_the_paper_has_at_most_half_cloud_and_a_third_missing(
+    cloud: float, missing: float, serves: bool
+) -> None:
+    bits = np.zeros((20, 20), np.uint8)
+    bits[: int(20 * cloud)] = CLOUD
+    bits[: int(20 * missing)] |= VOID
+    patch = xr.Dataset({"truth_bits": (("y", "x"), bits)})
+    assert _serves(patch, Cases(mode="paper"), 1 - missing, 1.0) == bool(serves)
+
+
+def test_padding_is_missing_to_a_target_of_the_paper(tmp_path: Path) -> None:
+    spec = {"name": "sim", "simulate": {"seeds": 1, "size_px": 80, "dates": [8, 8], "vary": CLEAR_SKY}}
+    rules = {"mode": "paper", "patch_px": 64, "min_valid": 0.05}
+    prepare(learning.training(tmp_path, sources=[spec], cases=rules))
+    assert {sample.number % 4 for sample in open_store(tmp_path / "samples").samples} == {0}  # 80 of 128 px are ground
 
 
 # -- a killed preparation -------------------------------------------------------------------------------------------

@@ -10,10 +10,14 @@ from tiny_network import TinyNet, tiny
 
 from pipeline import kalman, predict
 from pipeline.bands import to_codes, to_reflectance
+from pipeline.cases import CLOUD, SHADOW, VOID
 from pipeline.errors import RunError
 from pipeline.estimates import CONTEXT, Target
+from pipeline.exam import lesson_weight, undistorted
 from pipeline.kept import Kept
+from pipeline.learnfile import Fit
 from pipeline.models.batch import Batch, Completed
+from pipeline.patches import collate
 from pipeline.patchwork import PatchLattice
 from pipeline.predict import complete, halo_px
 
@@ -260,6 +264,47 @@ def test_cloud_and_shadow_are_told_apart_and_nothing_hides_what_is_not_there():
     model.seen.clear()
     run(codes, clear, model=model, row0=0, col0=0)
     assert all(torch.equal(b.clear[:, :, 0], b.clear[:, :, 1]) for b in model.seen)
+
+
+def test_one_polarity_from_sample_to_inference():
+    """1 = good everywhere: a network is asked for a clear, whole target, and sees what is clear as 1."""
+    codes, clear = scene()
+    codes[0, :, :50] = 0
+    clear[0, :50] = False
+    model = tiny()
+    run(codes, clear, model=model, within=None)
+    (batch, *_) = model.seen
+    assert batch.condition.shape[1] == 3
+    assert (batch.condition == 1).all()
+    assert undistorted(replace(batch, condition=batch.condition * 0)).condition.eq(1).all()  # examined alike
+    assert (batch.looks[batch.present.expand_as(batch.looks) == 0] == 0).all()
+    usable = (batch.clear.amin(dim=2) * batch.present[:, :, 0])[batch.steps]
+    assert abs(float(usable.mean()) - clear.mean()) < 0.2 < float(usable.mean())
+    # and in training: bits of what hides a target are 0 in its condition
+    rows = [
+        {
+            "looks": np.full((1, 2, 4, 4), 2000, np.uint16),
+            "bits": np.array([[[0, CLOUD, SHADOW, VOID]] * 4], np.uint8),
+            "days": np.zeros(1, np.float32),
+            "truth": np.full((2, 4, 4), 2000, np.uint16),
+            "truth_bits": np.array([[0, CLOUD, SHADOW, VOID]] * 4, np.uint8),
+            "hole": np.ones((4, 4), np.uint8),
+            "observed": np.zeros((4, 4), bool),
+            "prior": np.full((2, 4, 4), 2000, np.uint16),
+            "scale": np.full((2, 4, 4), 0.01, np.float16),
+            "estimates": np.full((1, 2, 4, 4), 2000, np.uint16),
+            "context": np.zeros((1, 2, 4, 4), np.float16),
+            "id": "one",
+        }
+    ]
+    lesson = collate(rows)
+    np.testing.assert_array_equal(lesson.given.condition[0, :, 0].numpy(), [[1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(lesson.given.clear[0, 0, :, 0].numpy(), [[1, 0, 1, 1], [1, 1, 0, 1]])
+    np.testing.assert_array_equal(lesson.given.present[0, 0, 0, 0].numpy(), [1, 1, 1, 0])
+    # the paper's loss counts the target's clouded pixels, unless they are asked to be left out
+    for masked, counts in ((False, [1, 1, 1, 1]), (True, [1, 0, 0, 1])):
+        weight = lesson_weight(lesson, Fit(mask_target_clouds=masked), True)
+        np.testing.assert_array_equal(weight[0, 0, 0].numpy(), counts)
 
 
 def test_out_of_memory_halves_the_batch_and_says_so(monkeypatch):

@@ -123,6 +123,29 @@ def test_identity_single_look_and_nothing(shipped):
     assert (alone.source_date == DAYS[4]).all()
 
 
+@pytest.mark.parametrize("name", [DEFAULT, *OTHERS])
+def test_x_of_a_single_clear_look_is_that_look(name, monkeypatch):
+    """The gate's aggregate, equation 3, to 1e-5: with one look to choose from there is nothing to weigh."""
+    model, made = load_model(name), []
+    forward = type(model).forward
+
+    def heard(self, batch, **more):
+        made.append((batch, forward(self, batch, **more)))
+        return made[-1][1]
+
+    monkeypatch.setattr(type(model), "forward", heard)
+    _, codes, clear = _scene(height=60, width=60)
+    single = np.zeros_like(clear)
+    single[4] = True
+    _run(model, codes, single)
+    assert made
+    for batch, done in made:
+        look = int((batch.clear.amin(dim=2) * batch.present[:, :, 0]).sum(dim=(2, 3)).argmax())
+        inside = batch.present[:, look].expand_as(done.aggregate) > 0
+        assert inside.any()
+        assert float((done.aggregate - batch.looks[:, look])[inside].abs().max()) < 1e-5
+
+
 def test_cuts_and_threads_do_not_change_a_byte(shipped):
     _, codes, clear = _scene(height=420, width=300, seed=3)
     whole = _run(shipped, codes, clear)
@@ -140,8 +163,9 @@ def test_cuts_and_threads_do_not_change_a_byte(shipped):
         np.testing.assert_array_equal(getattr(whole, name)[..., 380:420, 50:114], getattr(part, name), err_msg=name)
 
 
-def test_bf16_stays_within_a_thousandth(shipped):
+def test_bf16_stays_within_a_ten_thousandth(shipped):
     _, codes, clear = _scene(height=120, width=120)
     full, low = _run(shipped, codes, clear), _run(shipped, codes, clear, precision="bf16")
     difference = (full.codes.astype(float) - low.codes) / 1e4
-    assert np.sqrt((difference**2).mean()) < 3e-3  # asked: 1e-3; see the notes
+    assert np.sqrt((difference**2).mean()) < 1e-4  # 1e-5 in the gap, the most 1e-4
+    assert np.abs(difference).max() < 1e-3

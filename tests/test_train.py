@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import learning
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pupil import Pupil
+from safetensors import safe_open
 
 from pipeline import models, scheme
 from pipeline.errors import ConfigError, RunError, StoreMismatchError, WeightsError
@@ -23,7 +26,9 @@ from pipeline.learnfile import Fit, Training
 from pipeline.models import weights
 from pipeline.prepare import prepare
 from pipeline.report import Silent
+from pipeline.samples import open_store
 from pipeline.train import Course, _gamma, train
+from pipeline.training_folder import _joined
 
 CASES = {"patch_px": 64, "pastes": 2, "max_looks": 7, "target_max_bad": 0.3}
 SKY = {"cloud_fraction_mean": [0.3, 0.3]}
@@ -46,6 +51,13 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def steps(out: Path) -> list[dict[str, str]]:
     with (out / "steps.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def stored(out: Path) -> dict[str, Any]:
+    """The state as it lies there."""
+    with safe_open(out / "state.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        return dict(_joined(json.loads(file.metadata()["cloudgate"]), tensors))
 
 
 def test_a_training_leaves_weights_log_and_curves(samples: Path, tmp_path: Path) -> None:
@@ -115,7 +127,7 @@ def test_a_killed_training_takes_the_same_steps(samples: Path, tmp_path: Path) -
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()  # type: ignore[union-attr]
-    state = torch.load(out / "state.pt", weights_only=True)["state"]
+    state = stored(out)["state"]
     assert 0 < state["batch"] < an_epoch  # in mid-epoch
     resumed = train(training(tmp_path / "killed", store=str(samples)))
     assert resumed.steps == whole.steps
@@ -129,7 +141,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_good_state(samples: Path, 
     with pytest.raises(RunError, match=r"step 9 .*: the loss is nan on the batch of sim-100\d/") as caught:
         train(poisoned)
     assert caught.value.exit_code == 1
-    state = torch.load(tmp_path / "model" / "state.pt", weights_only=True)
+    state = stored(tmp_path / "model")
     assert state["state"]["step"] == 8
     assert all(torch.isfinite(value).all() for value in state["model"].values())
     assert weights.load_model(tmp_path / "model" / "weights.safetensors")
@@ -161,13 +173,19 @@ def test_the_gamma_that_is_told_is_the_residual_networks() -> None:
     assert _gamma(model) == 0.5
 
 
-def test_time_runs_out_and_the_same_command_goes_on(samples: Path, tmp_path: Path) -> None:
-    short = {"epochs": 3, "batch": 4, "threads": 1, "accelerator": "cpu"}
-    made = train(training(tmp_path, store=str(samples), fit=short | {"max_minutes": 1e-6}))
+@pytest.mark.parametrize("adversary", [0, 0.01])
+def test_time_runs_out_and_the_same_command_takes_the_very_steps(
+    samples: Path, tmp_path: Path, adversary: float
+) -> None:
+    fit = {"epochs": 2, "batch": 8, "adversary": adversary, "threads": 1, "accelerator": "cpu"}
+    whole = train(training(tmp_path, store=str(samples), fit=fit, out=str(tmp_path / "whole")))
+    made = train(training(tmp_path, store=str(samples), fit=fit | {"max_minutes": 1e-6}))
     assert not made.finished
     assert made.steps == 1
-    made = train(training(tmp_path, store=str(samples), fit=short))
+    made = train(training(tmp_path, store=str(samples), fit=fit))
     assert made.finished
+    assert steps(tmp_path / "model") == steps(tmp_path / "whole")
+    assert weights.content_hash(made.weights) == weights.content_hash(whole.weights)
 
 
 @pytest.mark.parametrize("loss", [{}, {"charbonnier": 0, "log_ratio": 1, "ssim": 0.1}])
@@ -177,7 +195,7 @@ def test_losses_and_the_adversary_go_down_the_same_road(samples: Path, tmp_path:
     rows = steps(made.weights.parent)
     assert all(float(row["adversary"]) > 0 for row in rows)
     assert {name for name, weight in ({"charbonnier": 1} | loss).items() if weight} <= set(rows[0])
-    state = torch.load(made.weights.parent / "state.pt", weights_only=True)
+    state = stored(made.weights.parent)
     assert {"judge", "judge_optimizer"} <= set(state)
     assert not any(name.startswith("judge") for name in weights.load_model(made.weights).state_dict())
 
@@ -218,6 +236,21 @@ def test_options_that_change_after_training_are_in_the_weights_alone(samples: Pa
     assert (one.config.wrong, other.config.wrong) == (0, 0.1)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert weights.card(after.weights)["recipe"]["after"] == {"wrong": 0.1}
+
+
+def test_a_network_that_cannot_be_judged_stops_the_training(samples: Path, tmp_path: Path) -> None:
+    course = Course(training(tmp_path, store=str(samples)))
+    course._examine = lambda loader: {"mse": float("nan")}  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="after epoch 1: the validation error is nan"):
+        course.run(Silent())
+    assert not (tmp_path / "model" / "weights.safetensors").exists()
+
+
+def test_processes_that_read_ahead_change_no_step(samples: Path, tmp_path: Path) -> None:
+    fit = {"epochs": 1, "epoch_steps": 4, "batch": 8, "threads": 1, "accelerator": "cpu"}
+    for name, loaders in (("none", None), ("two", 2)):
+        train(training(tmp_path, store=str(samples), out=str(tmp_path / name), fit=fit | {"loaders": loaders}))
+    assert steps(tmp_path / "none") == steps(tmp_path / "two")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +294,13 @@ def test_another_training_in_the_same_folder_is_refused(samples: Path, tmp_path:
     train(training(tmp_path, store=str(samples), fit=short))
     with pytest.raises(StoreMismatchError, match="another folder, or start over with --restart"):
         train(training(tmp_path, store=str(samples), fit=short | {"rate": 0.1}))
+    state = tmp_path / "model" / "state.safetensors"
+    torch.save({"state": {}}, state)  # a pickle is never loaded
+    with pytest.raises(StoreMismatchError, match=r"state.safetensors cannot be read \(SafetensorError\)"):
+        train(training(tmp_path, store=str(samples), fit=short))
+    state.rename(state.with_name("state.pt"))
+    with pytest.raises(StoreMismatchError, match=r"state.pt is the state of an earlier version"):
+        train(training(tmp_path, store=str(samples), fit=short))
     made = train(training(tmp_path, store=str(samples), fit=short | {"rate": 0.1}), restart=True)
     assert made.steps == 1
 
@@ -269,3 +309,25 @@ def test_training_needs_neither_gdal_nor_dask() -> None:
     code = "import sys, pipeline.train; print(sorted({'rasterio', 'osgeo', 'dask', 'distributed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_two_processes_train_one_network_with_the_parts_that_a_batch_leaves_out(samples: Path, tmp_path: Path) -> None:
+    """A sample without its target leaves the kriging out: its parameters have no gradient there."""
+    changes: dict[str, Any] = {
+        "store": str(samples),
+        "sources": SOURCES,
+        "cases": CASES,
+        "model": {"name": "compact", "doubt": True, "middle": True},
+        "split": {"validation": ["sim-1003"]},
+        "fit": {"epochs": 1, "epoch_steps": 12, "batch": 2, "threads": 1, "accelerator": "cpu", "devices": 2},
+    }
+    assert any(sample.target is None for sample in open_store(samples).samples)
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(learning.fields(tmp_path, **changes)))
+    program = Path(sysconfig.get_path("scripts")) / "cloudgate"  # each process runs the program again
+    command = [str(program), "train", str(path), "--json"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    done = json.loads(told.stdout)  # one process tells
+    assert done["trained"]["steps"] == len(steps(tmp_path / "model")) == 12
+    assert weights.load_model(tmp_path / "model" / "weights.safetensors")

@@ -68,6 +68,9 @@ def test_the_wheel_carries_the_catalogs_and_nothing_of_the_tests(wheel):
         "pipeline/weights/compact.yaml",
         "pipeline/weights/robust.yaml",
     }
+    learned = {f"pipeline/weights/{name}.safetensors" for name in ("compact", "robust")}
+    assert {name for name in names if name.endswith(".safetensors")} == learned
+    assert all(zipfile.ZipFile(wheel).getinfo(name).file_size > 400_000 for name in learned)
     modules = {
         f"pipeline/{path.relative_to(ROOT / 'pipeline').as_posix()}" for path in (ROOT / "pipeline").rglob("*.py")
     }

@@ -23,6 +23,7 @@ import torch
 from pipeline import cases, learned, metrics, models
 from pipeline.config import Method
 from pipeline.errors import ConfigError
+from pipeline.estimates import ESTIMATES
 from pipeline.evaluate import compose_case
 from pipeline.exam import exam_pixels, undistorted
 from pipeline.learnfile import Training, load_training
@@ -37,6 +38,7 @@ from pipeline.training_folder import STEPS
 
 RECIPE = Path(__file__).parents[2] / "pipeline" / "weights" / "robust.yaml"
 UNSEEN = "flanders_31ues"
+BANDS = ["blue", "green", "red", "nir"]
 COMPACT = {"name": "compact", "doubt": True, "middle": True, "local": True}
 SMALL = {"name": "small", "prior": "base", "extra_inputs": ["known", "prior", "scale"], "unit": "scale"}
 RATIO = {"charbonnier": 0, "log_ratio": 1}
@@ -59,6 +61,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "small: no condition": {"model": SMALL | {"condition": False}, "loss": RATIO},
     "small: attention none": {"model": SMALL | {"attention": "none"}, "loss": RATIO},
     "small: attention windowed": {"model": SMALL | {"attention": "windowed"}, "loss": RATIO},
+    "small: signed days": {"model": SMALL | {"signed_days": True}, "loss": RATIO},
+    "small: hard mask": {"model": SMALL | {"hard_mask": True}, "loss": RATIO},
+    "small: prior a member": {"model": SMALL | {"prior": "member"}, "loss": RATIO},
+    "small: no extra inputs": {"model": SMALL | {"extra_inputs": []}, "loss": RATIO},
+    "small: estimates and context": {"model": SMALL | {"estimates": len(ESTIMATES), "context": 1}, "loss": RATIO},
+    "small: a weight per band": {"model": SMALL | {"bands": BANDS}, "loss": RATIO},
+    "small: one weight for all bands": {"model": SMALL | {"bands": BANDS, "weights": "shared"}, "loss": RATIO},
     "small: Charbonnier": {"model": SMALL, "loss": {"charbonnier": 1}},
     "small: L1": {"model": SMALL, "loss": {"charbonnier": 0, "l1": 1}},
     "small: MSE": {"model": SMALL, "loss": {"charbonnier": 0, "mse": 1}},
