@@ -233,12 +233,12 @@ class _Call:
         if self.channels:
             batch = _reordered(batch, self.channels)
         with torch.inference_mode(), low:
-            done: Completed = self.model(batch, with_weights=True)
+            done: Completed = self.model(batch)
             heaviest = None
-            if done.weights is not None:
-                share, step = done.weights.float().sum(dim=2).max(dim=1)
-                days = (batch.days.to(torch.int32) + target)[:, :, None, None].expand(-1, -1, *step.shape[1:])
-                heaviest = torch.where(share > 0, days.gather(1, step[:, None])[:, 0], 0)
+            if done.heaviest is not None:
+                days = batch.days.to(torch.int32) + target
+                of_step = days.gather(1, done.heaviest.clamp_min(0).flatten(1)).view_as(done.heaviest)
+                heaviest = torch.where(done.heaviest >= 0, of_step, 0)
             image, sigma = done.image.float(), None if done.sigma is None else done.sigma.float()
             if self.channels:
                 back = np.argsort(self.channels).tolist()

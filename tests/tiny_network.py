@@ -48,7 +48,9 @@ class TinyNet(Model):
         sigma = batch.scale * 0.8 if self.config.sigma else None
         if self.config.mad:
             image = image * torch.nan
-        return Completed(image, aggregate, shares if self.config.gate and with_weights else None, sigma)
+        heaviest = torch.where(shares.sum(dim=2).amax(dim=1) > 0, shares.sum(dim=2).argmax(dim=1), -1)
+        weights = shares if self.config.gate and with_weights else None
+        return Completed(image, aggregate, weights, sigma, heaviest if self.config.gate else None)
 
 
 def tiny(kind: type[TinyNet] = TinyNet, **options) -> TinyNet:

@@ -81,12 +81,15 @@ class Completed:
         aggregate: (B, C, H, W) float32 reflectance, the gate's X before the residual network.
         weights: (B, T, C, H, W) float32, each look's share in ``aggregate`` (0 at padding); None unless asked for.
         sigma: (B, C, H, W) float32 reflectance, one sigma, or None for models without it.
+        heaviest: (B, H, W) int64, the step that weighs most over all bands, -1 where no look has a share; None for
+            models without weights, and while gradients are wanted.
     """
 
     image: Tensor
     aggregate: Tensor
     weights: Tensor | None = None
     sigma: Tensor | None = None
+    heaviest: Tensor | None = None
 
     def bands_together(self, bands: int) -> Self:
         """The inverse of ``Batch.by_band`` for an answer: (B*C, ..., 1, H, W) to (B, ..., C, H, W)."""
@@ -94,8 +97,8 @@ class Completed:
         def together(part: Tensor) -> Tensor:
             return part.reshape(-1, bands, *part.shape[1:]).squeeze(-3).movedim(1, -3)
 
-        more = (None if part is None else together(part) for part in (self.weights, self.sigma))
-        return type(self)(together(self.image), together(self.aggregate), *more)
+        weights, sigma = (None if part is None else together(part) for part in (self.weights, self.sigma))
+        return type(self)(together(self.image), together(self.aggregate), weights, sigma, self.heaviest)
 
 
 class ModelConfig(BaseModel):

@@ -99,6 +99,7 @@ class Compact(Model):
             aggregate=batch.prior + batch.scale * x.view(shape),
             weights=self._look_shares(batch, shares) if with_weights and shares is not None else None,
             sigma=None if sigma is None else batch.scale * sigma.view(shape),
+            heaviest=None if shares is None or torch.is_grad_enabled() else self._heaviest(batch, shares),
         )
 
     def patch_bytes(self, looks: int, bands: int) -> float:
@@ -152,17 +153,28 @@ class Compact(Model):
 
     def _look_shares(self, batch: Batch, shares: Tensor) -> Tensor:
         """(B, T, C, H, W): the shares of the looks just before and after the target, at their steps."""
+        out = torch.zeros_like(batch.looks)
+        for share, at in self._neighbours(batch, shares):
+            out.scatter_add_(1, at[:, None, None].expand(-1, 1, *share.shape[1:]), share[:, None].to(out.dtype))
+        return out
+
+    def _heaviest(self, batch: Batch, shares: Tensor) -> Tensor:
+        """(B, H, W) of the two the one with the larger share over all bands, see ``Completed``."""
+        (before, first), (after, second) = ((one.sum(dim=1), at) for one, at in self._neighbours(batch, shares))
+        larger = torch.where(after > before, second, first)
+        return torch.where(torch.maximum(before, after) > 0, larger, -1)
+
+    def _neighbours(self, batch: Batch, shares: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For the looks just before and after the target: their shares (B, C, H, W) and their steps (B, H, W)."""
         b, t, c, h, w = batch.looks.shape
         by_member = shares.view(b, c, len(self.members), h, w)
-        out = torch.zeros_like(batch.looks)
-        usable = (batch.present * batch.clear.amin(dim=2, keepdim=True) > 0) & batch.steps[:, :, None, None, None]
-        clock = batch.days[:, :, None, None, None].expand(b, t, 1, h, w)
+        usable = ((batch.present * batch.clear.amin(dim=2, keepdim=True))[:, :, 0] > 0) & batch.steps[:, :, None, None]
+        clock = batch.days[:, :, None, None].expand(b, t, h, w)
+        found = []
         for name, side in (("previous", clock <= 0), ("next", clock > 0)):
-            away = torch.where(usable & side & (clock != 0), clock.abs(), torch.inf)
-            nearest, at = away.min(dim=1, keepdim=True)
-            share = by_member[:, :, self.members.index(name)][:, None] * torch.isfinite(nearest)
-            out.scatter_add_(1, at.expand(b, 1, c, h, w), share.to(out.dtype))
-        return out
+            nearest, at = torch.where(usable & side & (clock != 0), clock.abs(), torch.inf).min(dim=1)
+            found.append((by_member[:, :, self.members.index(name)] * torch.isfinite(nearest)[:, None], at))
+        return found
 
 
 def _facts(batch: Batch, z: Tensor, left: Tensor, about: list[Tensor]) -> Tensor:

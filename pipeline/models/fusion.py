@@ -102,7 +102,7 @@ class TimeGateUNet(Model):
             if log_sigma:
                 usual = _USUAL_SIGMA if self.config.prior == "none" else target.scale
                 sigma = usual * torch.exp(log_sigma[0].clamp(-_LARGEST_LOG, _LARGEST_LOG))
-        completed = Completed(image, x, gated.weights, sigma)
+        completed = Completed(image, x, gated.weights, sigma, gated.heaviest)
         return completed if self.config.bands else completed.bands_together(bands)
 
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.models.batch import Batch, ModelConfig
+from pipeline.models.heaviest import Heaviest
 
 EPSILON: Final = 1e-6
 WEAK: Final = 1e-3
@@ -64,11 +65,13 @@ class Gated:
         aggregate: (B, C, H, W) float32 reflectance, X of equation 3; 0 where nothing is known.
         features: (B, F, H, W) float32, Hagg.
         weights: (B, T, C, H, W) float32, each look's share in ``aggregate``; None unless asked for.
+        heaviest: (targets, H, W) int64, the step that weighs most, see ``Completed``; None where all came at once.
     """
 
     aggregate: Tensor
     features: Tensor
     weights: Tensor | None = None
+    heaviest: Tensor | None = None
 
 
 class _Steps(NamedTuple):
@@ -191,12 +194,14 @@ class TimeGate(nn.Module):
         shown = self.shown(target)
         sums = self._nothing(target)
         kept: list[tuple[Tensor, Tensor]] = []
+        most = Heaviest(len(batch.days), (batch.looks.shape[-2], batch.looks.shape[-1]), batch.days.device)
         for t in range(batch.steps.shape[1]):
             step, real_B1 = self._step(batch, t)
             real_B1111 = real_B1[:, :, None, None, None]
             htime_B1WHW = self._htime([step], shown).unsqueeze(1) * real_B1111
             usable_B11HW = _usable(step.present_N1HW, step.clear_N2HW).unsqueeze(1) * real_B1111
             sums = sums + self._collect(htime_B1WHW, step.looks_NCHW.unsqueeze(1), usable_B11HW, real_B1)
+            most.see(t, htime_B1WHW[:, 0], usable_B11HW[:, 0], batch.days[:, t])
             if with_weights:
                 kept.append((htime_B1WHW, usable_B11HW))
         estimates = self._estimates(target)
@@ -204,7 +209,8 @@ class TimeGate(nn.Module):
         sums, prior_weight = self._join(sums, estimates, others, target)
         blend = self._blend(sums, prior_weight, target)
         weights = torch.cat([blend.shares(*one, self.channels) for one in kept], dim=1) if kept else None
-        return Gated(blend.aggregate(sums, target), _features(sums), weights)
+        heaviest = most.answer(blend.by_weight_BWHW, blend.by_use_BWHW)
+        return Gated(blend.aggregate(sums, target), _features(sums), weights, heaviest)
 
     def shown(self, target: Batch) -> Tensor | None:
         """(B, Q, H, W): what every step is told about the target, None where nothing is asked for."""
