@@ -187,7 +187,8 @@ class Fit(_Base):
     loaders: int | None = Field(
         None,
         ge=0,
-        description="processes that read samples ahead, 0 reads in the training process; default 4 a GPU, 0 on a CPU",
+        description="processes that read samples ahead, 0 reads in the training process; default up to 4 a GPU, 0 on a "
+        "CPU; with any, a script of yours needs `if __name__ == '__main__':`",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default all")
 

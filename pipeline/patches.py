@@ -24,7 +24,7 @@ from pipeline.cases import CLOUD, SHADOW, VOID
 from pipeline.errors import StoreMismatchError
 from pipeline.learnfile import Fit, Training
 from pipeline.models.batch import Batch
-from pipeline.samples import ARRAYS, Sample, Store, open_store, patch_dims, sources_of
+from pipeline.samples import ARRAYS, LAYOUT, Sample, Store, open_store, patch_dims, sources_of
 
 LEAST_LOOKS: Final = 3
 
@@ -58,6 +58,11 @@ def checked_store(training: Training) -> Store:
         raise StoreMismatchError(
             f"store: {training.store} was prepared with other sources ({', '.join(other)}); name another store, or "
             "start over with `cloudgate train --prepare --restart`"
+        )
+    if store.about.get("layout") != LAYOUT:
+        raise StoreMismatchError(
+            f"store: {training.store} was written by an earlier version (layout {store.about.get('layout')}, now "
+            f"{LAYOUT}); prepare it again with `cloudgate train --prepare --restart`"
         )
     if store.about.get("version") != estimates.VERSION:
         raise StoreMismatchError(

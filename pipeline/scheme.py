@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -144,9 +145,16 @@ class Scheme:
         with self.fabric.autocast():
             return cast(Completed, self.model(given))
 
+    def agree(self) -> None:
+        """Running means are those of the first process everywhere, whose network is the one that is kept."""
+        if self.fabric.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a training needs to go on."""
+        """All that a training needs to go on, the scale of 16-bit gradients among it."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["precision"] = self.fabric.strategy.precision.state_dict()
         if self.judge is not None:
             state |= {"judge": self.judge.state_dict(), "judge_optimizer": self.judge_optimizer.state_dict()}
         return state
@@ -155,6 +163,7 @@ class Scheme:
         """Take up what ``state_dict`` gave."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.judge is not None:
             self.judge.load_state_dict(state["judge"])
             self.judge_optimizer.load_state_dict(state["judge_optimizer"])
@@ -164,6 +173,14 @@ def _descend(optimizer: Any, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["pace"]
     optimizer.step()
+
+
+class _Autocast(MixedPrecision):
+    """Mixed precision that leaves inputs as they are: reflectance in bfloat16 is off by up to 0.001."""
+
+    def convert_input(self, data: Any) -> Any:
+        """As it came; torch lowers what it deems safe, as at inference."""
+        return data
 
 
 class _Plain(nn.Module):
@@ -194,6 +211,29 @@ class _Judge(nn.Module):
 
 def _mapping(given: Batch) -> dict[str, Tensor]:
     return {f.name: getattr(given, f.name) for f in fields(given)}
+
+
+def fabric_of(training: Training) -> Fabric:
+    """Devices, strategy and precision as TRAIN.yaml asks for them; ``ConfigError`` where this machine cannot."""
+    fit = training.fit
+    precision = fit.precision
+    if precision == "auto":
+        on_gpu = fit.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    strategy = fit.strategy
+    if fit.devices > 1 and strategy in ("auto", "ddp"):  # a batch without a clear target pixel leaves the kriging out
+        strategy = "ddp_find_unused_parameters_true"
+    try:
+        if precision == "32-true":
+            return Fabric(accelerator=fit.accelerator, devices=fit.devices, strategy=strategy, precision=precision)
+        kind = Fabric(accelerator=fit.accelerator, devices=1).device.type
+        mixed = _Autocast(precision, kind)
+        return Fabric(accelerator=fit.accelerator, devices=fit.devices, strategy=strategy, plugins=mixed)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"fit: this machine cannot do accelerator {fit.accelerator}, devices {fit.devices}, "
+            f"strategy {fit.strategy}, precision {precision}: {error}"
+        ) from error
 
 
 def build_model(training: Training) -> Model:

@@ -18,13 +18,12 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
 from pipeline import models
 from pipeline.curves import draw_curves
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, RunError, StoreMismatchError
 from pipeline.exam import exam_pixels, scores, timed, undistorted
 from pipeline.learnfile import Training
 from pipeline.models import weights
@@ -32,7 +31,7 @@ from pipeline.models.batch import Model
 from pipeline.patches import Lesson, Order, Patches, checked_store, collate
 from pipeline.report import Progress, Silent
 from pipeline.samples import Sample, Store, sources_of, split_samples
-from pipeline.scheme import NotFiniteError, Scheme
+from pipeline.scheme import NotFiniteError, Scheme, fabric_of
 from pipeline.training_folder import CURVES, EPOCHS, STATE, STEPS, WEIGHTS, Records, State, unreadable
 
 GPU_LOADERS: Final = 4
@@ -79,8 +78,6 @@ def train(training: Training, *, restart: bool = False, progress: Progress | Non
         RunError: a loss that is no number; the good state stays.
     """
     progress = progress or Silent()
-    if training.fit.threads:
-        torch.set_num_threads(training.fit.threads)
     course = Course(training, restart=restart)
     return course.run(progress)
 
@@ -93,25 +90,35 @@ class Course:
         self.store = checked_store(training)
         self.parts = split_samples(self.store.samples, training.split, seed=training.seed)
         self.parts["train"] = _weighted(self.parts["train"], self.store.samples, training)
-        self.fabric = _fabric(training)
+        self.fabric = fabric_of(training)
         self.fabric.launch()
-        ahead = min(GPU_LOADERS, (os.cpu_count() or 1) - 1) if self.fabric.device.type == "cuda" else 0
-        self.loaders = ahead if self.fit.loaders is None else self.fit.loaders
+        if self.fit.threads:
+            torch.set_num_threads(self.fit.threads)  # a launch of several processes sets its own
+        rank, world, count = self.fabric.global_rank, self.fabric.world_size, len(self.parts["train"])
+        if count < world:
+            raise ConfigError(f"fit.devices: {world} of them have {count} samples to learn from; ask for fewer")
+        ahead = min(GPU_LOADERS, (os.cpu_count() or 1) // world - 1) if self.fabric.device.type == "cuda" else 0
+        self.loaders = max(ahead, 0) if self.fit.loaders is None else self.fit.loaders
         self.scheme = Scheme(training, self.fabric, paper=self.paper)
         self.model = self.scheme.model
         self.saved = _saved(self.model, training)
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        share = max(1, self.fit.batch // world)
+        share = max(1, min(self.fit.batch, count) // world)  # so that no process is left without a batch
         seed, most = training.seed, self.fit.epoch_steps
-        self.order = Order(len(self.parts["train"]), share, seed=seed, rank=rank, world=world, most=most)
+        self.order = Order(count, share, seed=seed, rank=rank, world=world, most=most)
         self.exam = Order(len(self.parts["validation"]), share, seed=None, rank=rank, world=world)
         self.waited = self.spent = 0.0
         # once, before any work: the file may be another training's, and change
         self.start = None if training.start is None else weights.content_hash(training.start)
         request, writes = _request(training, self.store) | {"start": self.start}, self.fabric.is_global_zero
+        refused: StoreMismatchError | None = None
         with self.fabric.rank_zero_first():
-            self.records = Records(training.out, request, restart=restart and writes, writes=writes)
-            self.state, there = self.records.load(self.fabric.device)
+            try:
+                self.records = Records(training.out, request, restart=restart and writes, writes=writes)
+                self.state, there = self.records.load()
+            except StoreMismatchError as error:  # each process says so, and none waits for the other
+                refused = error
+        if refused is not None:
+            raise refused
         if there:
             try:
                 self.scheme.load_state_dict(there)
@@ -214,6 +221,7 @@ class Course:
     def _examine(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Errors on the validation samples' holes, of the network and of its prior."""
         self.exam.epoch = self.exam.first = 0
+        self.scheme.agree()
         sums = torch.zeros(7, dtype=torch.float64)  # as ``scores`` gives them
         for _, lesson in timed(loader):
             there = lesson.to(self.fabric.device)
@@ -278,6 +286,7 @@ class Course:
     def _nonsense(self, what: str, lesson: Lesson) -> RunError:
         """The error that ends a training whose numbers went wrong; the last good state is written first."""
         self._save()
+        self.fabric.barrier()  # Lightning ends all processes where one has failed
         return RunError(
             f"training stopped at step {self.state.step + 1} (epoch {self.state.epoch + 1}): {what} on the batch of "
             f"{', '.join(lesson.ids)}; the state before it is kept in {self.training.out / STATE}: look at these "
@@ -306,9 +315,9 @@ class Course:
             data,
             batch_sampler=order,
             collate_fn=collate,
-            num_workers=self.loaders,
-            multiprocessing_context="spawn" if self.loaders else None,
-            persistent_workers=self.loaders > 0,
+            num_workers=(loaders := self.loaders if learn else min(self.loaders, 1)),
+            multiprocessing_context="spawn" if loaders else None,
+            persistent_workers=loaders > 0,
         )
 
 
@@ -346,24 +355,6 @@ def _gamma(model: nn.Module) -> float:
     """The residual network's weight, NaN where there is none; attention has a gamma of its own, deeper inside."""
     gamma = getattr(model, "gamma", None)
     return float(gamma.detach()) if isinstance(gamma, torch.Tensor) else math.nan
-
-
-def _fabric(training: Training) -> Fabric:
-    fit = training.fit
-    precision = fit.precision
-    if precision == "auto":
-        on_gpu = fit.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
-        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-    strategy = fit.strategy
-    if fit.devices > 1 and strategy in ("auto", "ddp"):  # a batch without a clear target pixel leaves the kriging out
-        strategy = "ddp_find_unused_parameters_true"
-    try:
-        return Fabric(accelerator=fit.accelerator, devices=fit.devices, strategy=strategy, precision=precision)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"fit: this machine cannot do accelerator {fit.accelerator}, devices {fit.devices}, "
-            f"strategy {fit.strategy}, precision {precision}: {error}"
-        ) from error
 
 
 _FREE: Final = (

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -72,13 +71,13 @@ class Records:
                 )
         write_whole(path, json.dumps(request, indent=1).encode())
 
-    def load(self, device: torch.device) -> tuple[State, dict[str, Any]]:
+    def load(self) -> tuple[State, dict[str, Any]]:
         """How far the training was and its tensors, none of a new one; rows of the log beyond it are dropped."""
         state, there = State(), {}
         path = self.out / STATE
         if path.is_file():
             try:
-                with safe_open(path, "pt", device=str(device)) as file:
+                with safe_open(path, "pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
                     there = _joined(json.loads(file.metadata()[_KEY]), tensors)
                 state = State(**there.pop("state"))

@@ -24,6 +24,7 @@ from pipeline import models, scheme
 from pipeline.errors import ConfigError, RunError, StoreMismatchError, WeightsError
 from pipeline.learnfile import Fit, Training
 from pipeline.models import weights
+from pipeline.patches import Order
 from pipeline.prepare import prepare
 from pipeline.report import Silent
 from pipeline.samples import open_store
@@ -331,3 +332,28 @@ def test_two_processes_train_one_network_with_the_parts_that_a_batch_leaves_out(
     done = json.loads(told.stdout)  # one process tells
     assert done["trained"]["steps"] == len(steps(tmp_path / "model")) == 12
     assert weights.load_model(tmp_path / "model" / "weights.safetensors")
+
+
+@pytest.mark.parametrize("network", [{"name": "compact", "doubt": True, "middle": True}, {"name": "small"}])
+def test_mixed_precision_takes_the_steps_of_full_precision_but_for_rounding(
+    samples: Path, tmp_path: Path, network: dict[str, Any]
+) -> None:
+    """What training does by itself on a GPU; estimates and looks stay float32, as at inference."""
+    fit = {"epochs": 1, "epoch_steps": 2, "batch": 4, "threads": 1, "accelerator": "cpu"}
+    loss: dict[str, float] = {"charbonnier": 0, "log_ratio": 1}
+    for precision in ("32-true", "bf16-mixed"):
+        out = {"out": str(tmp_path / precision), "fit": fit | {"precision": precision}}
+        train(training(tmp_path, store=str(samples), model=network, loss=loss, **out))
+    full, mixed = ([float(row["loss"]) for row in steps(tmp_path / name)] for name in ("32-true", "bf16-mixed"))
+    assert full == pytest.approx(mixed, abs=0.02)
+    assert full != mixed
+    one, other = (weights.card(tmp_path / n / "weights.safetensors")["scores"] for n in ("32-true", "bf16-mixed"))
+    assert one["psnr"] == pytest.approx(other["psnr"], abs=0.1)
+
+
+def test_no_process_is_left_without_a_batch() -> None:
+    for count, batch, world in ((3, 8, 2), (16, 32, 2), (28, 32, 8), (7, 2, 2)):
+        share = max(1, min(batch, count) // world)
+        parts = [list(Order(count, share, seed=0, rank=rank, world=world)) for rank in range(world)]
+        assert len({len(part) for part in parts}) == 1
+        assert all(len(one) == share for part in parts for one in part)

@@ -81,8 +81,8 @@ class Completed:
         aggregate: (B, C, H, W) float32 reflectance, the gate's X before the residual network.
         weights: (B, T, C, H, W) float32, each look's share in ``aggregate`` (0 at padding); None unless asked for.
         sigma: (B, C, H, W) float32 reflectance, one sigma, or None for models without it.
-        heaviest: (B, H, W) int64, the step that weighs most over all bands, -1 where no look has a share; None for
-            models without weights, and while gradients are wanted.
+        heaviest: (B, H, W) int64, the step of the largest weight, summed over bands before they are normalised, -1
+            where no look has a share; None for models without weights, and while gradients are wanted.
     """
 
     image: Tensor
