@@ -224,10 +224,8 @@ def _summary(own: list[Row], reference: list[Row], dates: NDArray[Any]) -> Row:
     for name in ("mae", "rmse", "sam", "ssim", "bias", "covered", "changed_psnr", "observed_mae", "ring_mae"):
         out[name] = _mean(column(own, name))
     out["unfillable"] = _mean(column(own, "unfillable"))
-    out |= gain
-    return out | {
-        f"changed_{name}": value for name, value in gains("changed_psnr")[1].items()
-    }  # where something happened
+    changed = {f"changed_{name}": value for name, value in gains("changed_psnr")[1].items()}
+    return out | gain | changed
 
 
 def _mean(values: NDArray[np.float64], of: Any = np.mean) -> float:
