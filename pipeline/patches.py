@@ -188,6 +188,11 @@ class Order(Sampler[list[Key]]):
                 yield [(self.epoch, int(number)) for number in part]
 
 
+def samples_each(batch: int, count: int, world: int) -> int:
+    """Samples a step for each of ``world`` processes: no more than there are, so that none is left without a batch."""
+    return max(1, min(batch, count) // world)
+
+
 @dataclass(frozen=True)
 class Lesson:
     """A batch with what should come out.

@@ -28,7 +28,7 @@ from pipeline.exam import exam_pixels, scores, timed, undistorted
 from pipeline.learnfile import Training
 from pipeline.models import weights
 from pipeline.models.batch import Model
-from pipeline.patches import Lesson, Order, Patches, checked_store, collate
+from pipeline.patches import Lesson, Order, Patches, checked_store, collate, samples_each
 from pipeline.report import Progress, Silent
 from pipeline.samples import Sample, Store, sources_of, split_samples
 from pipeline.scheme import NotFiniteError, Scheme, fabric_of
@@ -102,7 +102,7 @@ class Course:
         self.scheme = Scheme(training, self.fabric, paper=self.paper)
         self.model = self.scheme.model
         self.saved = _saved(self.model, training)
-        share = max(1, min(self.fit.batch, count) // world)  # so that no process is left without a batch
+        share = samples_each(self.fit.batch, count, world)
         seed, most = training.seed, self.fit.epoch_steps
         self.order = Order(count, share, seed=seed, rank=rank, world=world, most=most)
         self.exam = Order(len(self.parts["validation"]), share, seed=None, rank=rank, world=world)

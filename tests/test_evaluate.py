@@ -64,7 +64,10 @@ def test_numbers_say_what_the_product_does(report: Report) -> None:
     assert by_method["regression"]["gain"] == 0
     assert by_method["linear"]["gain_low"] <= by_method["linear"]["gain"] <= by_method["linear"]["gain_high"]
     assert by_method["linear"]["skill"] == 0
-    assert by_method["regression"]["changed_gain"] == 0 or np.isnan(by_method["regression"]["changed_gain"])
+    assert by_method["regression"]["changed_gain"] == 0
+    assert by_method["linear"]["changed_gain"] == pytest.approx(
+        by_method["linear"]["changed_psnr"] - by_method["regression"]["changed_psnr"]
+    )
     assert 0.5 < by_method["regression"]["covered"] <= 1
     assert np.isnan(by_method["linear"]["covered"])
     # methods that pass observed ground through are as wrong there as the masks are, and equally so

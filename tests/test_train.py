@@ -24,7 +24,7 @@ from pipeline import models, scheme
 from pipeline.errors import ConfigError, RunError, StoreMismatchError, WeightsError
 from pipeline.learnfile import Fit, Training
 from pipeline.models import weights
-from pipeline.patches import Order
+from pipeline.patches import Order, samples_each
 from pipeline.prepare import prepare
 from pipeline.report import Silent
 from pipeline.samples import open_store
@@ -353,7 +353,7 @@ def test_mixed_precision_takes_the_steps_of_full_precision_but_for_rounding(
 
 def test_no_process_is_left_without_a_batch() -> None:
     for count, batch, world in ((3, 8, 2), (16, 32, 2), (28, 32, 8), (7, 2, 2)):
-        share = max(1, min(batch, count) // world)
+        share = samples_each(batch, count, world)
         parts = [list(Order(count, share, seed=0, rank=rank, world=world)) for rank in range(world)]
         assert len({len(part) for part in parts}) == 1
         assert all(len(one) == share for part in parts for one in part)
